@@ -1,0 +1,236 @@
+"""Checkpoints: a directory with weights, tokenizer, specs, label names, metrics, data fingerprint and one digest.
+
+belt's own:
+    config.json, model.safetensors    encoder body, as transformers saves it
+    head.safetensors                  belt's head
+    tokenizer.json, ...               tokenizer, as transformers saves it
+    belt.json                         everything else; written last, so its presence means the rest is there
+
+A finished `AutoModelForSequenceClassification` directory is a checkpoint too, with belt's default specs.
+"""
+
+import tempfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from belt_tasks import encoder, publishing, storage
+from belt_tasks.errors import ConfigError
+from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Spec
+from belt_tasks.tokens import DocumentTokenizer, load_tokenizer
+
+CARD_NAME = "belt.json"
+HEAD_NAME = "head.safetensors"
+NUM_KEPT = 2
+
+
+class CheckpointCard(Spec):
+    """What belt.json says of a checkpoint."""
+
+    head: Head
+    """Task and labels."""
+    chunks: ChunkSpec
+    """Windows that it was fine-tuned with."""
+    pooling: PoolingSpec
+    """Pooling that it was fine-tuned with."""
+    digest: str
+    """sha256 over the names and contents of all other files, 64 hex digits."""
+    data_fingerprint: str
+    """Hash of the training documents, in order."""
+    metrics: dict[str, Any]
+    """Metrics of the best epoch on the held-out documents."""
+    training: dict[str, Any]
+    """The TrainSpec that made it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded checkpoint, ready to score."""
+
+    model: nn.Module
+    """Maps (input_ids [B, T], attention_mask [B, T]) to chunk outputs [B, K]; in eval mode."""
+    tokenizer: DocumentTokenizer
+    head: Head
+    chunks: ChunkSpec
+    pooling: PoolingSpec
+    digest: str
+    """64 hex digits that change when weights, tokenizer or config do."""
+    uri: str
+
+
+def save_checkpoint(
+    model: encoder.ChunkModel,
+    uri: str,
+    *,
+    tokenizer_source: str,
+    head: Head,
+    chunks: ChunkSpec,
+    pooling: PoolingSpec,
+    data_fingerprint: str,
+    metrics: dict[str, Any],
+    training: dict[str, Any],
+) -> CheckpointCard:
+    """Write a checkpoint directory; the card goes last."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder)
+        model.body.save_pretrained(local)
+        save_file(
+            {name: weight.detach().cpu().contiguous() for name, weight in model.head_state().items()},
+            local / HEAD_NAME,
+        )
+        AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(local)
+        card = CheckpointCard(
+            head=head,
+            chunks=chunks,
+            pooling=pooling,
+            digest=_digest(local),
+            data_fingerprint=data_fingerprint,
+            metrics=metrics,
+            training=training,
+        )
+        (local / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        storage.put_directory(local, uri, last=CARD_NAME)
+    return card
+
+
+def resolve(uri: str) -> str:
+    """The checkpoint directory itself, where `uri` is the output of a fine-tuning.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
+    if storage.exists(storage.join(uri, CARD_NAME)) or storage.exists(storage.join(uri, "config.json")):
+        return uri
+    if storage.exists(storage.join(uri, "published.json")):
+        run_id = str(publishing.read_manifest(uri).run["run_id"])
+        nested = storage.join(uri, "runs", run_id, "checkpoint")
+        if storage.exists(storage.join(nested, CARD_NAME)):
+            return nested
+    raise ConfigError(
+        f"{uri}: no checkpoint there (looked for {CARD_NAME}, config.json, and the published.json of a fine-tuning)"
+    )
+
+
+def read_card(uri: str) -> CheckpointCard | None:
+    """The card of belt's own checkpoint; None for a finished Hugging Face classifier.
+
+    Raises:
+        ConfigError: the card is not one that this belt reads.
+    """
+    if not storage.exists(storage.join(uri, CARD_NAME)):
+        return None
+    try:
+        return CheckpointCard.model_validate_json(storage.read_bytes(storage.join(uri, CARD_NAME)))
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{uri}: its {CARD_NAME} is not one that this belt reads: {error}") from error
+
+
+def read_head(uri: str) -> Head:
+    """Task and labels of a checkpoint, without reading its weights.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
+    card = read_card(uri)
+    if card is not None:
+        return card.head
+    with storage.local_directory(uri) as folder:
+        return encoder.finished_head(folder)
+
+
+def load_checkpoint(uri: str) -> Checkpoint:
+    """Load a checkpoint onto the CPU and check that it is whole.
+
+    Raises:
+        ConfigError: it is not there, cannot be loaded, or its files are not those that were saved.
+    """
+    card = read_card(uri)
+    with storage.local_directory(uri) as folder:
+        digest = _digest(folder)
+        if card is None:
+            return _finished(folder, uri, digest)
+        if card.digest != digest:
+            raise ConfigError(
+                f"{uri}: damaged checkpoint: digest of its files is {digest}, {CARD_NAME} says {card.digest}"
+            )
+        model = encoder.ChunkModel(encoder.load_body(folder), num_logits=card.head.num_logits, pooling=card.pooling)
+        missing, unexpected = model.load_state_dict(load_file(folder / HEAD_NAME), strict=False)
+        if unexpected or any(not name.startswith("body.") for name in missing):
+            raise ConfigError(f"{uri}: {HEAD_NAME} does not fit the head: missing {missing}, unexpected {unexpected}")
+        return Checkpoint(
+            model=model.eval(),
+            tokenizer=load_tokenizer(folder),
+            head=card.head,
+            chunks=card.chunks,
+            pooling=card.pooling,
+            digest=digest,
+            uri=uri,
+        )
+
+
+def _finished(folder: Path, uri: str, digest: str) -> Checkpoint:
+    model, head = encoder.load_finished_classifier(folder)
+    return Checkpoint(
+        model=model.eval(),
+        tokenizer=load_tokenizer(folder),
+        head=head,
+        chunks=ChunkSpec(),
+        pooling=PoolingSpec(),
+        digest=digest,
+        uri=uri,
+    )
+
+
+class CheckpointCache:
+    """Loaded checkpoints of this process by URI, digest and device: one load, however many shards are scored."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str, str], Checkpoint] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, uri: str, digest: str, device: torch.device) -> Checkpoint:
+        """The checkpoint on a device.
+
+        Raises:
+            ConfigError: it cannot be loaded, or is no longer the one with this digest.
+        """
+        key = (uri, digest, str(device))
+        with self._lock:
+            if key not in self._kept:
+                checkpoint = load_checkpoint(uri)
+                if checkpoint.digest != digest:
+                    raise ConfigError(
+                        f"{uri}: the checkpoint changed during the run, from {digest} to {checkpoint.digest}"
+                    )
+                checkpoint.model.to(device)
+                self._kept[key] = checkpoint
+                while len(self._kept) > NUM_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+
+cache = CheckpointCache()
+
+
+def checkpoint_digest(uri: str) -> str:
+    """The digest of a checkpoint's files, without loading the model."""
+    with storage.local_directory(uri) as folder:
+        return _digest(folder)
+
+
+def _digest(folder: Path) -> str:
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.name != CARD_NAME and not path.name.startswith(".")
+    ]
+    return storage.sha256_of_files(folder, names)

@@ -1,0 +1,195 @@
+"""The corpus: Parquet files to shards, shards to documents. Streamed; bad rows are put aside with a reason.
+
+A shard is some row groups of one file, keyed by that file's path and version, so that neither the number of workers
+nor their order changes what a shard is. Reading never holds more than one batch of rows.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from belt_tasks import columns, storage
+from belt_tasks.errors import ConfigError, ShardError, TransientError
+from belt_tasks.specs import CorpusSpec, Spec
+
+SHARD_BYTES = 128 * 2**20
+BATCH_ROWS = 1024
+
+LabelRole = Literal["none", "label", "labels", "target"]
+
+
+class ShardRef(Spec):
+    """Where one unit of work lies."""
+
+    uri: str
+    """The file."""
+    row_groups: tuple[int, int]
+    """Half-open range of its row groups."""
+    first_row: int
+    """Position in the file of the shard's first row."""
+    num_rows: int
+    """Rows, good and bad, of every split."""
+    key: str
+    """16 hex digits, a hash of the file's path and version and of the row groups: the shard's name in outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """A batch of a shard's rows, those fit for use and those put aside."""
+
+    good: pl.DataFrame
+    """doc_id, text and, where asked for, label, labels or target; row_index is the position in the file."""
+    rejected: pl.DataFrame
+    """source_uri, row_index, doc_id, reason, detail."""
+
+
+def plan_shards(corpus_uri: str, spec: CorpusSpec, *, label_role: LabelRole = "none") -> list[ShardRef]:
+    """List the shards of a corpus, and check every file's columns before any work starts.
+
+    Args:
+        corpus_uri: a Parquet file, a directory of them (hive partitions included) or a glob; any fsspec URL.
+        spec: names of the columns.
+        label_role: how the label column will be read; "none" does not look at it.
+
+    Raises:
+        ConfigError: nothing is there, a file is unreadable, a column is missing or of a wrong type, or no row is there.
+    """
+    files = storage.list_files(corpus_uri, suffix=".parquet")
+    shards = [shard for file in files for shard in _shards_of_file(file, spec, label_role)]
+    if sum(shard.num_rows for shard in shards) == 0:
+        raise ConfigError(f"{corpus_uri}: no rows in its {len(files)} files")
+    return shards
+
+
+def label_column_type(corpus_uri: str, spec: CorpusSpec) -> pa.DataType:
+    """The type of the label column in the corpus's first file.
+
+    Raises:
+        ConfigError: there is no such file or column.
+    """
+    first = storage.list_files(corpus_uri, suffix=".parquet")[0]
+    schema = storage.parquet_dataset(first.uri).schema
+    return columns.field_of(schema, spec.label_column, option="--label-column", uri=first.uri).type
+
+
+def read_documents(
+    shard: ShardRef,
+    spec: CorpusSpec,
+    *,
+    duplicates: npt.NDArray[np.int64],
+    label_role: LabelRole = "none",
+    with_text: bool = True,
+    vocabulary: frozenset[str] | None = None,
+) -> Iterator[Documents]:
+    """Read a shard batch by batch.
+
+    Args:
+        shard: what to read.
+        spec: columns, and the split whose rows are wanted.
+        duplicates: positions in the file of rows whose doc_id came before; see `duplicate_rows`.
+        label_role: how to read the label column: class names, lists of names, numbers, or not at all.
+        with_text: False leaves the text unread and every `text` empty.
+        vocabulary: allowed class names; None allows all.
+
+    Raises:
+        ShardError: the file became unreadable after planning.
+    """
+    reader = columns.RowReader(spec, label_role=label_role, vocabulary=vocabulary, with_text=with_text)
+    for row_index, batch in _batches(shard, spec, reader.names):
+        yield Documents(**reader.split(batch, row_index, uri=shard.uri, duplicates=duplicates))
+
+
+def duplicate_rows(shards: list[ShardRef], spec: CorpusSpec) -> pa.Table:
+    """Rows whose doc_id an earlier row of the corpus has, in the order of files and rows: the first one stays.
+
+    Memory is 8 bytes a row: hashes first, then the ids of those rows alone whose hashes are equal.
+
+    Returns:
+        source_uri: string and row_index: int64, one row per later duplicate.
+    """
+    hashes = [_hashed_ids(shard, spec) for shard in shards]
+    all_hashes = pl.concat([frame["hash"] for frame in hashes])
+    suspicious = all_hashes.filter(all_hashes.is_duplicated()).unique()
+    candidates = []
+    for shard, frame in zip(shards, hashes, strict=True):
+        rows = frame.filter(pl.col("hash").is_in(suspicious.implode()))["row_index"]
+        if len(rows):
+            candidates.append(_ids(shard, spec).filter(pl.col("row_index").is_in(rows.implode())))
+    if not candidates:
+        return pa.table({"source_uri": pa.array([], pa.string()), "row_index": pa.array([], pa.int64())})
+    frame = pl.concat(candidates).filter(pl.col("doc_id").is_first_distinct().not_())
+    return (
+        frame.select("source_uri", "row_index")
+        .to_arrow()
+        .cast(pa.schema([("source_uri", pa.string()), ("row_index", pa.int64())]))
+    )
+
+
+def _shards_of_file(file: storage.StoredFile, spec: CorpusSpec, label_role: LabelRole) -> Iterator[ShardRef]:
+    dataset = storage.parquet_dataset(file.uri)
+    columns.check_columns(dataset.schema, spec, label_role=label_role, uri=file.uri)
+    groups = next(iter(dataset.get_fragments())).row_groups
+    first_group = first_row = num_rows = num_bytes = 0
+    for i, group in enumerate(groups):
+        num_rows += group.num_rows
+        num_bytes += group.total_byte_size
+        if num_bytes >= SHARD_BYTES or i + 1 == len(groups):
+            span = (first_group, i + 1)
+            key = hashlib.sha256(f"{file.uri}\0{file.version}\0{span}".encode()).hexdigest()[:16]
+            yield ShardRef(uri=file.uri, row_groups=span, first_row=first_row, num_rows=num_rows, key=key)
+            first_group, first_row, num_rows, num_bytes = i + 1, first_row + num_rows, 0, 0
+
+
+def _batches(
+    shard: ShardRef, spec: CorpusSpec, names: list[str]
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+    """Batches of the wanted columns and split, with the position in the file of each row."""
+    try:
+        dataset = storage.parquet_dataset(shard.uri)
+        fragment = next(iter(dataset.get_fragments())).subset(row_group_ids=list(range(*shard.row_groups)))
+        wanted = [*names, spec.split_column] if spec.split_column and spec.split_column not in names else names
+        position = shard.first_row
+        # small read-ahead: the defaults hold three times the memory at the same speed
+        for batch in fragment.to_batches(
+            schema=dataset.schema,
+            columns=wanted,
+            batch_size=BATCH_ROWS,
+            batch_readahead=2,
+            fragment_readahead=1,
+        ):
+            row_index = np.arange(position, position + batch.num_rows)
+            position += batch.num_rows
+            if spec.split_column is not None:
+                in_split = _in_split(batch.column(spec.split_column), spec)
+                row_index, batch = row_index[in_split], batch.filter(pa.array(in_split))  # noqa: PLW2901 - narrowed
+            yield row_index, batch.select(names)
+    except (ConnectionError, TimeoutError) as error:
+        raise TransientError(f"{shard.uri}: {error or type(error).__name__}") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ShardError(f"{shard.uri} (row groups {shard.row_groups}): cannot be read: {error}") from error
+
+
+def _in_split(column: pa.Array, spec: CorpusSpec) -> npt.NDArray[np.bool_]:
+    values, _ = columns.strings(column)
+    return np.asarray(pc.fill_null(pc.equal(values, pa.scalar(spec.split, values.type)), False))
+
+
+def _ids(shard: ShardRef, spec: CorpusSpec) -> pl.DataFrame:
+    frames = [
+        pl.DataFrame({"doc_id": pl.Series(columns.strings(batch.column(0))[0]), "row_index": row_index})
+        for row_index, batch in _batches(shard, spec, [spec.id_column])
+    ]
+    frame = pl.concat(frames) if frames else pl.DataFrame(schema={"doc_id": pl.String, "row_index": pl.Int64})
+    return frame.filter(pl.col("doc_id").is_not_null()).with_columns(source_uri=pl.lit(shard.uri))
+
+
+def _hashed_ids(shard: ShardRef, spec: CorpusSpec) -> pl.DataFrame:
+    """The hash lives in this process only, so it may differ between versions."""
+    return _ids(shard, spec).select(pl.col("doc_id").hash().alias("hash"), "row_index")

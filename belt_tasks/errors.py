@@ -1,0 +1,30 @@
+"""Errors, named by what the runner must do next.
+
+    BeltError
+    ├── ConfigError      stop: a person has to change a parameter, a path or the environment
+    ├── ShardError       set this shard aside and go on with the others
+    │   └── ContractError    rows do not satisfy their data contract
+    └── TransientError   try again: a time-out, a dropped connection
+
+A message says what, got, allowed and where. `assert` is kept for belt's own bugs.
+"""
+
+
+class BeltError(Exception):
+    """Root of every error that belt raises on purpose."""
+
+
+class ConfigError(BeltError):
+    """A parameter, path or environment is wrong; only a person can cure it, so nothing is retried."""
+
+
+class ShardError(BeltError):
+    """One shard cannot be processed; the other shards of the run can."""
+
+
+class ContractError(ShardError):
+    """Rows do not satisfy their data contract."""
+
+
+class TransientError(BeltError):
+    """The same call may succeed later."""

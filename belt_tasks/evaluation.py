@@ -1,0 +1,118 @@
+"""Evaluation: a run's predictions against the corpus's labels, as numbers and pictures."""
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from belt_tasks import corpus as corpora
+from belt_tasks import metrics, plots, prepare, storage
+from belt_tasks.errors import ConfigError
+from belt_tasks.planning import EvaluationPlan
+from belt_tasks.publishing import Manifest, RunRef
+from belt_tasks.specs import CorpusSpec, Head, ScoreSpec, Spec
+from belt_tasks.training_set import LABEL_ROLES
+
+
+class EvaluationReceipt(Spec):
+    """A finished evaluation."""
+
+    metrics: dict[str, Any]
+    """See `metrics.task_metrics`."""
+    rejected_by_reason: dict[str, int]
+    """Rows whose label could not be used, besides those that scoring put aside."""
+    metrics_uri: str
+    plot_uris: tuple[str, ...]
+
+
+def evaluate_run(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -> EvaluationReceipt:
+    """Compare a run's predictions with the labels of the corpus that it scored, and write metrics and plots.
+
+    Args:
+        plan: labelled shards, and the checkpoint's task and labels; labels outside its vocabulary are put aside.
+        corpus: columns, and the split whose rows were scored.
+        manifest: of the scoring run; the evaluation is written into the run's folder.
+
+    Raises:
+        ConfigError: no document has both a prediction and a usable label.
+    """
+    run = RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"])
+    head, threshold = plan.head, ScoreSpec.model_validate_json(manifest.run["spec"]).threshold
+    labelled, rejected_by_reason = _read_labels(plan, corpus, run.existing_duplicates_uri())
+    predicted = _read_scores(manifest.uris(run.output_uri, "predictions"))
+    joined = labelled.join(predicted, on="doc_id", how="inner").sort("doc_id")
+    if len(joined) == 0:
+        raise ConfigError(
+            f"nothing to evaluate: of {len(labelled)} labelled and {len(predicted)} scored documents none is both; "
+            f"rows put aside: {rejected_by_reason or 'none'}"
+        )
+    target = _target(joined, head)
+    scores_DL = np.array(joined["scores"].to_list(), dtype=np.float64)
+    measured = metrics.task_metrics(head.task, target, scores_DL, head.labels, threshold)
+    folder = storage.join(run.uri, "evaluation")
+    plot_uris = []
+    for name, image in _plots(measured, target, scores_DL, head, threshold).items():
+        plot_uris.append(storage.join(folder, f"{name}.png"))
+        storage.write_bytes(plot_uris[-1], image)
+    metrics_uri = storage.join(folder, "metrics.json")
+    storage.write_bytes(metrics_uri, (json.dumps(measured, indent=1, allow_nan=False) + "\n").encode())
+    return EvaluationReceipt(
+        metrics=measured, rejected_by_reason=rejected_by_reason, metrics_uri=metrics_uri, plot_uris=tuple(plot_uris)
+    )
+
+
+def _read_labels(
+    plan: EvaluationPlan, corpus: CorpusSpec, duplicates_uri: str | None
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """doc_id and label, labels or target of every usable row, and how many rows were not."""
+    good, rejected = [], []
+    for shard in plan.shards:
+        batches = corpora.read_documents(
+            shard,
+            corpus,
+            duplicates=prepare.duplicates_of(shard, duplicates_uri),
+            label_role=LABEL_ROLES[plan.head.task],
+            with_text=False,
+            vocabulary=None if plan.head.task == "regression" else frozenset(plan.head.labels),
+        )
+        for batch in batches:
+            good.append(batch.good.select("doc_id", "label", "labels", "target"))
+            rejected.append(batch.rejected.filter(pl.col("reason").str.starts_with("doc_id").not_()))
+    counts = pl.concat(rejected).group_by("reason").len().sort("reason")
+    return pl.concat(good), dict(counts.iter_rows())
+
+
+def _read_scores(uris: list[str]) -> pl.DataFrame:
+    """doc_id and the list of scores in label order."""
+    tables = [storage.read_parquet(uri, columns=["doc_id", "scores"]) for uri in uris]
+    frame = pl.DataFrame(pa.concat_tables(tables))
+    return frame.with_columns(pl.col("scores").list.eval(pl.element().struct.field("score")))
+
+
+def _target(joined: pl.DataFrame, head: Head) -> npt.NDArray[Any]:
+    match head.task:
+        case "binary" | "multiclass":
+            positions = {label: i for i, label in enumerate(head.labels)}
+            return np.array([positions[label] for label in joined["label"]], dtype=np.int64)
+        case "multilabel":
+            return np.array([[label in carried for label in head.labels] for carried in joined["labels"]], dtype=bool)
+        case "regression":
+            return joined["target"].to_numpy()
+
+
+def _plots(
+    measured: dict[str, Any], target: npt.NDArray[Any], scores_DL: npt.NDArray[np.float64], head: Head, threshold: float
+) -> dict[str, bytes]:
+    if head.task == "regression":
+        return {"predicted_against_target": plots.predicted_against_target_png(target, scores_DL[:, 0])}
+    if head.task == "multilabel":
+        bins = metrics.reliability_bins(*metrics.label_decisions(target, scores_DL, threshold))
+        return {"reliability": plots.reliability_png(bins, counted="label decisions")}
+    bins = metrics.reliability_bins(*metrics.class_decisions(target, scores_DL))
+    return {
+        "reliability": plots.reliability_png(bins),
+        "confusion_matrix": plots.confusion_matrix_png(measured["confusion_matrix"], head.labels),
+    }

@@ -1,0 +1,348 @@
+"""Fine-tuning: labelled tokens to a checkpoint. The gradient flows through the pooling, exactly, in fixed memory."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from belt_tasks import encoder, gradient, heads, metrics, progress, scoring, storage
+from belt_tasks.batches import MiniBatch, collate, plan_batches
+from belt_tasks.checkpoint import CheckpointCard, save_checkpoint
+from belt_tasks.encoder import ChunkModel
+from belt_tasks.errors import ConfigError
+from belt_tasks.planning import TrainPlan
+from belt_tasks.publishing import RunRef
+from belt_tasks.receipts import ShardReceipt, Stopwatch
+from belt_tasks.specs import CorpusSpec, Spec, TrainSpec
+from belt_tasks.tokens import SpecialTokens, load_tokenizer
+from belt_tasks.training_set import TrainingSet, load_training_set
+from belt_tasks.windows import Windows, chunk_windows
+
+Int64 = npt.NDArray[np.int64]
+
+
+class Epoch(Spec):
+    """One pass over the training documents."""
+
+    number: int
+    """From 1."""
+    training_loss: float
+    """Mean over documents, while the weights moved."""
+    validation: dict[str, Any] | None
+    """Loss and metrics on the held-out documents after the epoch; None without any."""
+
+
+class FineTuningReceipt(Spec):
+    """A finished fine-tuning."""
+
+    checkpoint_uri: str
+    checkpoint_digest: str
+    labels: tuple[str, ...]
+    task: str
+    num_training_documents: int
+    num_validation_documents: int
+    epochs: tuple[Epoch, ...]
+    best_epoch: int
+    """The one that was kept: least validation loss; the last without validation documents."""
+    num_chunks: int
+    """Chunks of the training and validation documents."""
+    num_tokens_scored: int
+    num_tokens_encoded: int
+    """Content tokens of these chunks."""
+    training_s: float
+
+    def counts(self) -> dict[str, Any]:
+        """Columns of the runs contract."""
+        return {
+            "num_chunks": self.num_chunks,
+            "num_tokens_scored": self.num_tokens_scored,
+            "encode_s": self.training_s,
+            "tokens_per_s": self.num_tokens_encoded * len(self.epochs) / self.training_s,
+        }
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Everything that one fine-tuning holds while it runs."""
+
+    model: ChunkModel
+    training_set: TrainingSet
+    windows: Windows
+    special: SpecialTokens
+    spec: TrainSpec
+    device: torch.device
+
+    def batch_loss(self, documents: Int64, *, weight: float, scale: Callable[[Tensor], Tensor]) -> float:
+        """Add the gradient of `weight` x the mean loss of some documents to the weights; returns their mean loss."""
+        windows = self.windows.of_documents(documents)
+        target = self._target(documents)
+
+        def loss_of_outputs(outputs_CK: Tensor) -> Tensor:
+            pooled_DL = scoring.pool_windows(outputs_CK, windows, spec=self.spec.pooling, head=self.training_set.head)
+            return scale(weight * heads.loss(pooled_DL, target, self.training_set.head))
+
+        scaled = gradient.accumulate_gradient(
+            self._forward, self._mini_batches(documents, windows), loss_of_outputs, device=self.device
+        )
+        return scaled / (weight * scale(torch.ones((), device=self.device)).item())
+
+    def evaluate(self, documents: Int64) -> dict[str, Any]:
+        """Loss and metrics on some documents, in eval mode."""
+        windows = self.windows.of_documents(documents)
+        self.model.eval()
+        outputs_CK = scoring.encode_windows(
+            self.model,
+            self.training_set.input_ids_T,
+            windows,
+            first_token_D=self.training_set.offsets[:-1][documents],
+            special=self.special,
+            batches=self.spec.batches,
+            device=self.device,
+        )
+        self.model.train()
+        scores = scoring.score_windows(outputs_CK, windows, spec=self.spec.pooling, head=self.training_set.head)
+        head, target = self.training_set.head, self.training_set.target[documents]
+        loss = heads.loss(torch.from_numpy(scores.logits_DL), torch.from_numpy(target), head).item()
+        return {"loss": loss, **metrics.task_metrics(head.task, target, scores.scores_DL, head.labels)}
+
+    def _forward(self, batch: MiniBatch) -> Tensor:
+        with self._autocast():
+            return scoring.forward(self.model, batch, self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.spec.precision == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.spec.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def _mini_batches(self, documents: Int64, windows: Windows) -> list[MiniBatch]:
+        num_tokens_C = windows.stop_C - windows.start_C + self.special.num_tokens
+        plan = plan_batches(num_tokens_C, max_batch_tokens=self.spec.batches.max_batch_tokens)
+        return [
+            collate(
+                rows_B,
+                input_ids_T=self.training_set.input_ids_T,
+                windows=windows,
+                first_token_D=self.training_set.offsets[:-1][documents],
+                special=self.special,
+            )
+            for rows_B in plan
+        ]
+
+    def _target(self, documents: Int64) -> Tensor:
+        return torch.from_numpy(self.training_set.target[documents]).to(self.device)
+
+
+def fine_tune(
+    training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str, checkpoint_uri: str
+) -> FineTuningReceipt:
+    """Fine-tune an encoder on labelled documents, and write the epoch with the least validation loss.
+
+    Args:
+        training_set: labelled documents.
+        spec: how.
+        encoder_source: local directory or hub name of the encoder to begin with.
+        checkpoint_uri: directory to write.
+
+    Raises:
+        ConfigError: the encoder cannot be loaded or read such chunks, no document is left to train on, or the loss
+            stops being a number.
+    """
+    clock = Stopwatch()
+    with clock.time("training"):
+        torch.manual_seed(spec.seed)
+        trainer = build_trainer(training_set, spec, encoder_source=encoder_source)
+        held_out_D = training_set.held_out_D(spec.validation_fraction, spec.seed)
+        training, validation = np.flatnonzero(~held_out_D), np.flatnonzero(held_out_D)
+        if len(training) == 0:
+            raise ConfigError(
+                f"no document is left to train on: validation_fraction {spec.validation_fraction} holds out "
+                f"all {len(validation)}"
+            )
+        best, epochs = _train(trainer, training, validation)
+    card = _save(trainer, epochs[best], encoder_source=encoder_source, checkpoint_uri=checkpoint_uri)
+    windows = trainer.windows
+    return FineTuningReceipt(
+        checkpoint_uri=checkpoint_uri,
+        checkpoint_digest=card.digest,
+        labels=training_set.head.labels,
+        task=training_set.head.task,
+        num_training_documents=len(training),
+        num_validation_documents=len(validation),
+        epochs=tuple(epochs),
+        best_epoch=best + 1,
+        num_chunks=windows.num_chunks,
+        num_tokens_scored=int(windows.new_tokens_C().sum()),
+        num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
+        training_s=clock.seconds["training"],
+    )
+
+
+def fine_tune_prepared(
+    plan: TrainPlan, receipts: list[ShardReceipt], corpus: CorpusSpec, spec: TrainSpec
+) -> FineTuningReceipt:
+    """Fine-tune on prepared shards, into the run's folder.
+
+    Args:
+        plan: the run.
+        receipts: of its prepared shards.
+        corpus: columns; the label column names a regression's target.
+        spec: how.
+
+    Raises:
+        ConfigError: see `load_training_set` and `fine_tune`.
+    """
+    training_set = load_training_set(
+        [storage.join(plan.run.output_uri, file.path) for receipt in receipts for file in receipt.files_of("tokens")],
+        task=plan.task,
+        target_name=corpus.label_column,
+        label_role=plan.label_role,
+    )
+    receipt = fine_tune(
+        training_set,
+        spec,
+        encoder_source=plan.encoder,
+        checkpoint_uri=storage.join(plan.run.uri, "checkpoint"),
+    )
+    storage.write_bytes(_receipt_uri(plan.run), receipt.model_dump_json(indent=1).encode())
+    return receipt
+
+
+def read_receipt(run: RunRef) -> FineTuningReceipt:
+    """The receipt of a finished fine-tuning run."""
+    return FineTuningReceipt.model_validate_json(storage.read_bytes(_receipt_uri(run)))
+
+
+def build_trainer(training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str) -> Trainer:
+    """Load the encoder, put a new head on it, and cut the documents.
+
+    Raises:
+        ConfigError: the encoder cannot be loaded or cannot read such chunks.
+    """
+    device = encoder.choose_device(spec.device)
+    special = load_tokenizer(encoder_source).special
+    model = ChunkModel(
+        encoder.load_body(encoder_source, dropout=spec.dropout),
+        num_logits=training_set.head.num_logits,
+        pooling=spec.pooling,
+    )
+    encoder.check_chunk_size(spec.chunks, special, encoder.num_positions(model), source=encoder_source)
+    windows = chunk_windows(np.diff(training_set.offsets), spec.chunks, document_seed_D=training_set.document_seed_D)
+    return Trainer(
+        model=model.to(device), training_set=training_set, windows=windows, special=special, spec=spec, device=device
+    )
+
+
+def train_epochs(trainer: Trainer, documents: Int64) -> Iterator[list[float]]:
+    """Train; yields the mean loss of every batch of documents, epoch by epoch.
+
+    Raises:
+        ConfigError: the loss is no longer a finite number.
+    """
+    spec, model = trainer.spec, trainer.model
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=spec.learning_rate,
+    )
+    num_batches = math.ceil(len(documents) / spec.documents_per_batch)
+    num_steps = spec.epochs * math.ceil(num_batches / spec.accumulation_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(spec, num_steps))
+    scaler = torch.amp.GradScaler(trainer.device.type, enabled=spec.precision == "fp16")
+    model.train()
+    progress.advance("fine-tune", 0, num_more=spec.epochs * len(documents))
+    for epoch in range(spec.epochs):
+        losses = []
+        order = documents[epoch_order(len(documents), seed=spec.seed, epoch=epoch)]
+        for step in _steps(order, spec):
+            for batch in step:
+                weight = len(batch) / sum(map(len, step))
+                losses.append(trainer.batch_loss(batch, weight=weight, scale=scaler.scale))
+                if not math.isfinite(losses[-1]):
+                    raise ConfigError(
+                        f"the loss became {losses[-1]} in epoch {epoch + 1}, after {len(losses)} batches: "
+                        f"lower learning_rate ({spec.learning_rate})"
+                    )
+                progress.advance("fine-tune", len(batch))
+            scaler.unscale_(optimizer)
+            if spec.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), spec.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            optimizer.zero_grad()
+        yield losses
+
+
+def epoch_order(num_documents: int, *, seed: int, epoch: int) -> Int64:
+    """The order in which an epoch sees the documents, a permutation."""
+    return np.random.default_rng([seed, epoch]).permutation(num_documents)
+
+
+def _train(trainer: Trainer, training: Int64, validation: Int64) -> tuple[int, list[Epoch]]:
+    """Train and leave the best epoch's weights in the model; returns its position and all epochs."""
+    epochs: list[Epoch] = []
+    best, least, weights = 0, math.inf, None
+    for position, losses in enumerate(train_epochs(trainer, training)):
+        measured = trainer.evaluate(validation) if len(validation) else None
+        epochs.append(
+            Epoch(number=position + 1, training_loss=_mean_loss(losses, len(training), trainer), validation=measured)
+        )
+        if measured is None or measured["loss"] < least:
+            best, least = position, math.inf if measured is None else measured["loss"]
+            weights = copy.deepcopy({name: weight.cpu() for name, weight in trainer.model.state_dict().items()})
+    if weights is not None:
+        trainer.model.load_state_dict(weights)
+    return best, epochs
+
+
+def _save(trainer: Trainer, best: Epoch, *, encoder_source: str, checkpoint_uri: str) -> CheckpointCard:
+    return save_checkpoint(
+        trainer.model,
+        checkpoint_uri,
+        tokenizer_source=encoder_source,
+        head=trainer.training_set.head,
+        chunks=trainer.spec.chunks,
+        pooling=trainer.spec.pooling,
+        data_fingerprint=trainer.training_set.fingerprint,
+        metrics=best.validation or {},
+        training=trainer.spec.model_dump(),
+    )
+
+
+def _steps(order: Int64, spec: TrainSpec) -> Iterator[list[Int64]]:
+    """Batches of documents, as many together as one move of the optimizer takes."""
+    size = spec.documents_per_batch
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    for first in range(0, len(batches), spec.accumulation_steps):
+        yield batches[first : first + spec.accumulation_steps]
+
+
+def _schedule(spec: TrainSpec, num_steps: int) -> Callable[[int], float]:
+    """Learning rate as a share of its peak: linear warm-up, then linear to zero or constant."""
+    num_warmup = math.ceil(spec.warmup_fraction * num_steps)
+
+    def share(step: int) -> float:
+        if step < num_warmup:
+            return (step + 1) / (num_warmup + 1)
+        return (num_steps - step) / max(num_steps - num_warmup, 1) if spec.schedule == "linear" else 1.0
+
+    return share
+
+
+def _mean_loss(losses: list[float], num_documents: int, trainer: Trainer) -> float:
+    size = trainer.spec.documents_per_batch
+    weights = [min(size, num_documents - first) for first in range(0, num_documents, size)]
+    return sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / num_documents
+
+
+def _receipt_uri(run: RunRef) -> str:
+    return storage.join(run.uri, "fine_tuning.json")

@@ -1,0 +1,103 @@
+"""Prepare: a shard's documents to blocks of tokens. What scoring, chunking and fine-tuning all begin with.
+
+A block is as many documents as fill BLOCK_TOKENS, so memory depends on neither shard nor corpus, and mini-batches are
+planned over enough chunks that sorting leaves next to no padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import polars_hash as plh
+
+from belt_tasks import corpus, progress, storage
+from belt_tasks.corpus import LabelRole, ShardRef
+from belt_tasks.receipts import Stopwatch
+from belt_tasks.specs import CorpusSpec
+from belt_tasks.tokens import DocumentTokenizer, Tokens
+
+BLOCK_TOKENS = 4_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBlock:
+    """Tokenized documents of a shard, D of them, and the rows that were put aside on the way."""
+
+    documents: pl.DataFrame
+    """doc_id, content_fingerprint, label, labels, target, row_index; D rows."""
+    tokens: Tokens
+    rejected: pl.DataFrame
+    """source_uri, row_index, doc_id, reason, detail."""
+
+    def document_seed_D(self) -> npt.NDArray[np.int64]:
+        """A number that depends on the text alone."""
+        return document_seeds(self.documents["content_fingerprint"])
+
+
+def token_blocks(
+    shard: ShardRef,
+    spec: CorpusSpec,
+    tokenizer: DocumentTokenizer,
+    *,
+    duplicates_uri: str | None,
+    stopwatch: Stopwatch,
+    label_role: LabelRole = "none",
+) -> Iterator[TokenBlock]:
+    """Read and tokenize a shard, block by block; the last block may hold rejected rows alone.
+
+    Args:
+        shard: what to read.
+        spec: columns, and the split whose rows are wanted.
+        tokenizer: of the encoder.
+        duplicates_uri: table of rows whose doc_id came before; None where there is none.
+        stopwatch: gets the seconds of `read` and `tokenize`.
+        label_role: how to read the label column.
+
+    Raises:
+        ShardError: the file became unreadable after planning.
+    """
+    batches = corpus.read_documents(shard, spec, duplicates=duplicates_of(shard, duplicates_uri), label_role=label_role)
+    documents: list[pl.DataFrame] = []
+    tokens: list[Tokens] = []
+    rejected: list[pl.DataFrame] = []
+    num_tokens = 0
+    while True:
+        with stopwatch.time("read"):
+            batch = next(batches, None)
+        if batch is not None:
+            with stopwatch.time("tokenize"):
+                tokens.append(tokenizer.tokenize(batch.good["text"].to_list()))
+                fingerprints = content_fingerprints(batch.good["text"])
+                documents.append(batch.good.drop("text").with_columns(content_fingerprint=fingerprints))
+            rejected.append(batch.rejected)
+            num_tokens += len(tokens[-1].input_ids_T)
+            progress.advance("tokenize", len(batch.good) + len(batch.rejected))
+        if documents and (batch is None or num_tokens >= BLOCK_TOKENS):
+            yield TokenBlock(
+                documents=pl.concat(documents),
+                tokens=Tokens.concatenate(tokens),
+                rejected=pl.concat(rejected),
+            )
+            documents, tokens, rejected, num_tokens = [], [], [], 0
+        if batch is None:
+            return
+
+
+def duplicates_of(shard: ShardRef, duplicates_uri: str | None) -> npt.NDArray[np.int64]:
+    """Positions in the shard's file of rows whose doc_id came before."""
+    if duplicates_uri is None:
+        return np.empty(0, dtype=np.int64)
+    table = pl.DataFrame(storage.read_parquet(duplicates_uri))
+    return table.filter(pl.col("source_uri") == shard.uri)["row_index"].to_numpy()
+
+
+def content_fingerprints(texts: pl.Series | Sequence[str]) -> pl.Series:
+    """BLAKE3 of each text's UTF-8 bytes, 64 lowercase hex digits."""
+    return pl.DataFrame({"text": texts}, schema={"text": pl.String}).select(plh.col("text").chash.blake3()).to_series()
+
+
+def document_seeds(content_fingerprints_D: pl.Series) -> npt.NDArray[np.int64]:
+    """The first 60 bits of each fingerprint."""
+    return content_fingerprints_D.str.slice(0, 15).str.to_integer(base=16, dtype=pl.Int64).to_numpy()

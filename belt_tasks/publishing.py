@@ -1,0 +1,262 @@
+"""Publishing: immutable shard objects with deterministic names, then the run's manifest. The manifest is the commit.
+
+    OUTPUT/runs/RUN_ID/TABLE/SHARD_KEY.parquet    one object per shard and table
+    OUTPUT/runs/RUN_ID/receipts/SHARD_KEY.json    written after a shard's tables: the shard is finished
+    OUTPUT/runs/RUN_ID/manifest.json              written after all shards: the run is complete
+    OUTPUT/published.json                         a copy of the last complete run's manifest
+
+A run's id is a hash of what goes in, so a run that was killed finds its finished shards when it is started again, and
+a complete one has nothing left to do. Readers take file names from a manifest and never see half a run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Self
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+
+import data_contracts
+from belt_tasks import storage
+from belt_tasks.corpus import ShardRef
+from belt_tasks.errors import ConfigError, ContractError
+from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
+from belt_tasks.specs import CorpusSpec, Spec
+
+
+class RunRef(Spec):
+    """Where a run writes."""
+
+    output_uri: str
+    run_id: str
+    """16 hex digits, a hash of everything that decides the run's result."""
+
+    @property
+    def uri(self) -> str:
+        """The run's own folder."""
+        return storage.join(self.output_uri, "runs", self.run_id)
+
+    @property
+    def manifest_uri(self) -> str:
+        """Its presence means that the run is complete."""
+        return storage.join(self.uri, "manifest.json")
+
+    @property
+    def duplicates_uri(self) -> str:
+        """Rows whose doc_id came before; not there where no row is such."""
+        return storage.join(self.uri, "duplicates.parquet")
+
+    def existing_duplicates_uri(self) -> str | None:
+        """`duplicates_uri` if it is there."""
+        return self.duplicates_uri if storage.exists(self.duplicates_uri) else None
+
+    def path_of(self, table: str, shard_key: str) -> str:
+        """Where a shard's part of a table lies, relative to the output."""
+        return f"runs/{self.run_id}/{table}/{shard_key}.parquet"
+
+    def receipt_uri(self, shard_key: str) -> str:
+        """Its presence means that the shard is finished."""
+        return storage.join(self.uri, "receipts", f"{shard_key}.json")
+
+
+class Manifest(Spec):
+    """What makes a run complete: its row of the `runs` table, and every file it consists of."""
+
+    run: dict[str, Any]
+    """One row of the runs contract; times are ISO 8601."""
+    labels: tuple[str, ...] = ()
+    """Label names in the order of scores and logits."""
+    rejected_by_reason: dict[str, int]
+    files: tuple[FileReceipt, ...]
+
+    def uris(self, output_uri: str, table: str) -> list[str]:
+        """The files of one table."""
+        return [storage.join(output_uri, file.path) for file in self.files if file.table == table]
+
+
+def run_id_of(shards: list[ShardRef], corpus: CorpusSpec, **deciding: Any) -> str:  # noqa: ANN401 - anything JSON
+    """Hash everything that decides a run's result, belt's version included."""
+    content = {
+        "shards": [shard.key for shard in shards],
+        "corpus": corpus.model_dump(),
+        "belt": version("belt"),
+        **{name: value.model_dump() if isinstance(value, Spec) else value for name, value in deciding.items()},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ShardWriter:
+    """Writes one shard's tables: streamed to temporary files, checked against contracts, put when all is there."""
+
+    def __init__(self, stack: ExitStack, run: RunRef, shard: ShardRef, table: str) -> None:
+        self._run, self._shard, self._table = run, shard, table
+        self._writers = {name: self._open(stack, name) for name in (table, "rejected")}
+        self._num_rows = {table: 0, "rejected": 0}
+        self._rejected_by_reason: dict[str, int] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, run: RunRef, shard: ShardRef, *, table: str) -> Iterator[Self]:
+        """The objects appear when the block ends well, and not when it raises."""
+        with ExitStack() as stack:
+            yield cls(stack, run, shard, table)
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows of the shard's table.
+
+        Raises:
+            ContractError: they do not satisfy the contract.
+        """
+        self._write(self._table, table)
+
+    def reject(self, rows: pl.DataFrame) -> None:
+        """Append source rows that were put aside: source_uri, row_index, doc_id, reason, detail."""
+        schema = data_contracts.arrow_schema("rejected")
+        frame = rows.with_columns(run_id=pl.lit(self._run.run_id, dtype=pl.String)).select(schema.names)
+        self._write("rejected", frame.to_arrow().cast(schema))
+        for reason, count in frame.group_by("reason").len().iter_rows():
+            self._rejected_by_reason[reason] = self._rejected_by_reason.get(reason, 0) + count
+
+    def receipt(self, counts: Counts) -> ShardReceipt:
+        """Say what was written, and record the shard as finished; call it after the block."""
+        rejected = {
+            "num_rejected": self._num_rows["rejected"],
+            "rejected_by_reason": self._rejected_by_reason,
+        }
+        receipt = ShardReceipt(
+            shard_key=self._shard.key,
+            files=tuple(
+                FileReceipt(table=name, path=self._run.path_of(name, self._shard.key), num_rows=num_rows)
+                for name, num_rows in self._num_rows.items()
+            ),
+            counts=counts.model_copy(update=rejected),
+        )
+        storage.write_bytes(self._run.receipt_uri(self._shard.key), receipt.model_dump_json(indent=1).encode())
+        return receipt
+
+    def _open(self, stack: ExitStack, name: str) -> pq.ParquetWriter:
+        uri = storage.join(self._run.output_uri, self._run.path_of(name, self._shard.key))
+        return stack.enter_context(storage.parquet_writer(uri, data_contracts.arrow_schema(name)))
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        violations = data_contracts.violations(table, name)
+        if violations:
+            raise ContractError(data_contracts.message(violations, name, f"shard {self._shard.key}"))
+        self._writers[name].write_table(table)
+        self._num_rows[name] += table.num_rows
+
+
+def finished_shard(run: RunRef, shard: ShardRef) -> ShardReceipt | None:
+    """The receipt that an earlier attempt at this run left, if the shard is finished."""
+    uri = run.receipt_uri(shard.key)
+    if not storage.exists(uri):
+        return None
+    receipt = ShardReceipt.model_validate_json(storage.read_bytes(uri))
+    if not all(storage.exists(storage.join(run.output_uri, file.path)) for file in receipt.files):
+        return None
+    return receipt.model_copy(update={"reused": True})
+
+
+def publish(
+    run: RunRef,
+    receipts: list[ShardReceipt],
+    *,
+    row: dict[str, Any],
+    labels: tuple[str, ...],
+    started_at: datetime,
+) -> Manifest:
+    """Make a run visible: check its row, write the manifest, and point readers of the output to it.
+
+    Args:
+        run: where it wrote.
+        receipts: of all its shards.
+        row: columns of the runs contract that the counts do not give: flow, corpus_uri, spec, and so on.
+        labels: label names in the order of scores.
+        started_at: when it began.
+
+    Raises:
+        ContractError: the row does not satisfy the runs contract.
+    """
+    manifest = Manifest(
+        run=_run_row(run, receipts, row, started_at),
+        labels=labels,
+        rejected_by_reason=total(receipts).rejected_by_reason,
+        files=tuple(file for receipt in receipts for file in receipt.files),
+    )
+    data = (manifest.model_dump_json(indent=1) + "\n").encode()
+    storage.write_bytes(run.manifest_uri, data)
+    storage.write_bytes(storage.join(run.output_uri, "published.json"), data)
+    return manifest
+
+
+def republish(run: RunRef) -> Manifest | None:
+    """The manifest of a run that is complete already, made the published one again; None if it is not complete."""
+    if not storage.exists(run.manifest_uri):
+        return None
+    data = storage.read_bytes(run.manifest_uri)
+    manifest = Manifest.model_validate_json(data)
+    published_uri = storage.join(run.output_uri, "published.json")
+    if not storage.exists(published_uri) or storage.read_bytes(published_uri) != data:
+        storage.write_bytes(published_uri, data)
+    return manifest
+
+
+def read_manifest(output_uri: str) -> Manifest:
+    """The manifest of the published run.
+
+    Raises:
+        ConfigError: nothing was published there.
+    """
+    uri = storage.join(output_uri, "published.json")
+    if not storage.exists(uri):
+        raise ConfigError(f"{output_uri}: nothing is published there (no published.json)")
+    try:
+        return Manifest.model_validate_json(storage.read_bytes(uri))
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{uri}: not a manifest that this belt reads: {error}") from error
+
+
+def read_table(output_uri: str, table: str, *, columns: list[str] | None = None) -> pl.DataFrame:
+    """One table of the published run; for results that fit in memory.
+
+    Raises:
+        ConfigError: nothing was published there, or not this table.
+    """
+    manifest = read_manifest(output_uri)
+    uris = manifest.uris(output_uri, table)
+    if not uris:
+        names = sorted({file.table for file in manifest.files})
+        raise ConfigError(f"{output_uri}: table must be one of {', '.join(names)}, got {table!r}")
+    tables = [storage.read_parquet(uri, columns=columns) for uri in uris]
+    return pl.DataFrame(pa.concat_tables(tables))
+
+
+def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], started_at: datetime) -> dict[str, Any]:
+    counts = total(receipts)
+    finished_at = datetime.now(UTC)
+    schema = data_contracts.arrow_schema("runs")
+    values = {name: getattr(counts, name) for name in Counts.model_fields if name in schema.names}
+    values |= {
+        "run_id": run.run_id,
+        "output_uri": run.output_uri,
+        "num_shards": len(receipts),
+        "elapsed_s": (finished_at - started_at).total_seconds(),
+        "tokens_per_s": counts.num_tokens_encoded / counts.encode_s if counts.encode_s > 0 else None,
+        "belt_version": version("belt"),
+        "torch_version": version("torch"),
+        "transformers_version": version("transformers"),
+        "started_at": started_at,
+        "finished_at": finished_at,
+        **row,
+    }
+    values = {name: values.get(name) for name in schema.names}
+    violations = data_contracts.violations(pa.Table.from_pylist([values], schema=schema), "runs")
+    if violations:
+        raise ContractError(data_contracts.message(violations, "runs", f"run {run.run_id}"))
+    return values | {"started_at": started_at.isoformat(), "finished_at": finished_at.isoformat()}

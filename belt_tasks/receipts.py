@@ -1,0 +1,107 @@
+"""Receipts: what happened to a shard. Small enough to cross any process boundary; the tables stay in storage."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from pydantic import Field
+
+from belt_tasks.specs import Spec
+from belt_tasks.tokens import Tokens
+from belt_tasks.windows import Windows
+
+
+class FileReceipt(Spec):
+    """One object that was written."""
+
+    table: str
+    """The data contract that it satisfies."""
+    path: str
+    """Relative to the run's output."""
+    num_rows: int
+
+
+class Counts(Spec):
+    """How much was done, and how long each part of it took. Counts of shards add up to those of a run."""
+
+    num_documents: int = 0
+    """Documents fit for use."""
+    num_rejected: int = 0
+    """Rows put aside."""
+    rejected_by_reason: dict[str, int] = Field(default_factory=dict)
+    num_chunks: int = 0
+    num_tokens: int = 0
+    """Content tokens of the documents."""
+    num_tokens_scored: int = 0
+    """Different content tokens that a chunk covers."""
+    num_tokens_encoded: int = 0
+    """Content tokens of all chunks: those in an overlap count each time."""
+    read_s: float = 0.0
+    tokenize_s: float = 0.0
+    encode_s: float = 0.0
+    write_s: float = 0.0
+
+    @classmethod
+    def of_windows(cls, windows: Windows, tokens: Tokens) -> Self:
+        """The documents, chunks and tokens of one block."""
+        return cls(
+            num_documents=len(tokens.num_tokens_D),
+            num_chunks=windows.num_chunks,
+            num_tokens=len(tokens.input_ids_T),
+            num_tokens_scored=int(windows.new_tokens_C().sum()),
+            num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
+        )
+
+    def __add__(self, other: Self) -> "Counts":
+        """Both together."""
+        added = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in Counts.model_fields
+            if name != "rejected_by_reason"
+        }
+        reasons = sorted(self.rejected_by_reason | other.rejected_by_reason)
+        added["rejected_by_reason"] = {
+            reason: self.rejected_by_reason.get(reason, 0) + other.rejected_by_reason.get(reason, 0)
+            for reason in reasons
+        }
+        return Counts(**added)
+
+
+class ShardReceipt(Spec):
+    """A finished shard."""
+
+    shard_key: str
+    files: tuple[FileReceipt, ...]
+    counts: Counts
+    reused: bool = False
+    """An earlier attempt at the same run had finished this shard."""
+
+    def files_of(self, table: str) -> list[FileReceipt]:
+        """The files of one table."""
+        return [file for file in self.files if file.table == table]
+
+
+def total(receipts: Iterable[ShardReceipt]) -> Counts:
+    """The counts of a run."""
+    return sum((receipt.counts for receipt in receipts), start=Counts())
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add the seconds that the block takes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def receipt(self) -> dict[str, float]:
+        """The seconds under the names that `Counts` gives them."""
+        return {f"{stage}_s": seconds for stage, seconds in self.seconds.items()}

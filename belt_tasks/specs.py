@@ -1,0 +1,212 @@
+"""Specs: how a stage works. Small, frozen, keyword-only, and valid from birth.
+
+A spec says nothing about where data lies (that is a reference) or what happened to it (a receipt).
+Wrong values raise `pydantic.ValidationError` at construction, from Python, YAML, the CLI and Prefect alike.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
+PoolingStrategy = Literal["mean", "max", "length_weighted_mean", "attention"]
+PoolingSpace = Literal["logits", "probabilities"]
+Selection = Literal["all", "head", "head_tail", "random_k"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Spec(BaseModel):
+    """What every spec has in common: frozen, and an unknown field is an error rather than ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ChunkSpec(Spec):
+    """How a document's content tokens are cut into windows; the names are the BELT method's own.
+
+    Windows start at 0, stride, 2 * stride, ... and each covers `tokens[start : start + chunk_size]`.
+    """
+
+    chunk_size: int = Field(default=510, ge=1)
+    """Tokens in a chunk, without special tokens; with them a chunk must fit what the encoder can read."""
+
+    stride: int = Field(default=510, ge=1)
+    """Step between the starts of neighbouring chunks, in tokens; chunks overlap where it is below chunk_size."""
+
+    minimal_chunk_length: int = Field(default=1, ge=1)
+    """Chunks shorter than this many tokens are dropped, but never a document's last remaining chunk."""
+
+    maximal_text_length: int | None = Field(default=None, ge=1)
+    """Tokens of a document beyond this many are not read; without it (None) the whole document is."""
+
+    drop_contained_tail: bool = False
+    """Omit a chunk that lies wholly inside the chunk before it (belt-nlp keeps it)."""
+
+    selection: Selection = "all"
+    """Which chunks the encoder sees: all, only the head, the head and the last chunk_size tokens, or k random."""
+
+    num_random_chunks: int = Field(default=4, ge=1)
+    """How many chunks `selection: random_k` keeps of a document."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of `selection: random_k`; the draw depends on this and on the document alone."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stride > self.chunk_size:
+            raise ValueError(
+                f"stride must be at most chunk_size ({self.chunk_size}), got {self.stride}: "
+                "a larger step would leave tokens unread between chunks"
+            )
+        if self.minimal_chunk_length > self.chunk_size:
+            raise ValueError(
+                f"minimal_chunk_length must be at most chunk_size ({self.chunk_size}), "
+                f"got {self.minimal_chunk_length}: no chunk could ever be that long"
+            )
+        return self
+
+
+class PoolingSpec(Spec):
+    """How a document's chunk outputs become one prediction."""
+
+    pooling_strategy: PoolingStrategy = "mean"
+    """Reduction over a document's chunks: mean, max, length_weighted_mean or attention (learned)."""
+
+    pooling_space: PoolingSpace = "logits"
+    """Pool logits (as belt-nlp 1.1.0 does) or probabilities (as BELT's documentation describes)."""
+
+
+class BatchSpec(Spec):
+    """How chunks are put into mini-batches."""
+
+    max_batch_tokens: int = Field(default=8192, ge=1)
+    """Budget of one forward: chunks x longest chunk, special tokens and padding included (at least one chunk)."""
+
+
+class Head(Spec):
+    """A task and its labels, in the order of the logits."""
+
+    task: TaskKind
+    """binary (one logit, two labels), multiclass, multilabel (a logit per label) or regression (one number)."""
+
+    labels: tuple[str, ...] = Field(min_length=1)
+    """Names, unique; of binary the negative label first; of regression the name of the target alone."""
+
+    @model_validator(mode="after")
+    def _labels_fit_the_task(self) -> Self:
+        allowed = {"binary": (2, 2), "multiclass": (2, None), "multilabel": (1, None), "regression": (1, 1)}
+        fewest, most = allowed[self.task]
+        if len(self.labels) < fewest or (most is not None and len(self.labels) > most):
+            wanted = f"exactly {fewest}" if most == fewest else f"at least {fewest}"
+            raise ValueError(f"a {self.task} head needs {wanted} labels, got {len(self.labels)}: {self.labels}")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels must be unique, got {self.labels}")
+        return self
+
+    @property
+    def num_logits(self) -> int:
+        """L: columns of the pooled logits."""
+        return 1 if self.task in ("binary", "regression") else len(self.labels)
+
+
+class CorpusSpec(Spec):
+    """Which columns and rows of the input are read."""
+
+    id_column: str = "doc_id"
+    """Column that identifies a document; integers become their decimal strings."""
+
+    text_column: str = "text"
+    """Column that holds the text."""
+
+    label_column: str = "label"
+    """Column that holds the label; read only by fine-tuning and evaluation."""
+
+    split_column: str | None = None
+    """Column that tells splits apart; without it every row is read."""
+
+    split: str | None = None
+    """Rows whose split_column equals this value are read, the others are not."""
+
+    @model_validator(mode="after")
+    def _split_has_a_column(self) -> Self:
+        if (self.split is None) != (self.split_column is None):
+            raise ValueError(
+                f"split and split_column go together, got split_column={self.split_column!r} and split={self.split!r}"
+            )
+        return self
+
+
+class ScoreSpec(Spec):
+    """How documents are scored. `chunks` and `pooling` left out (None) are the checkpoint's own."""
+
+    chunks: ChunkSpec | None = None
+    """Windows; None takes those that the checkpoint was fine-tuned with."""
+
+    pooling: PoolingSpec | None = None
+    """Pooling; None takes that which the checkpoint was fine-tuned with."""
+
+    batches: BatchSpec = BatchSpec()
+    """Mini-batches."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: cuda where there is one."""
+
+    threshold: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Probability from which a multilabel document carries a label."""
+
+
+class TrainSpec(Spec):
+    """How an encoder is fine-tuned."""
+
+    task: TaskKind | None = None
+    """binary, multiclass, multilabel or regression; None reads it from the label column."""
+
+    chunks: ChunkSpec = ChunkSpec()
+    """Windows."""
+
+    pooling: PoolingSpec = PoolingSpec()
+    """Pooling."""
+
+    batches: BatchSpec = BatchSpec()
+    """Mini-batches of chunks: they decide memory, never the result."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: cuda where there is one."""
+
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the training documents."""
+
+    learning_rate: float = Field(default=5e-5, gt=0.0)
+    """Peak learning rate of AdamW."""
+
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay; biases and normalisation weights have none."""
+
+    schedule: Literal["linear", "constant"] = "linear"
+    """Learning rate after the warm-up: falls linearly to zero, or stays."""
+
+    warmup_fraction: Fraction = 0.1
+    """Share of the optimizer steps over which the learning rate rises from zero."""
+
+    documents_per_batch: int = Field(default=8, ge=1)
+    """Documents whose loss is computed together."""
+
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Document batches whose gradients are summed before the optimizer moves."""
+
+    max_grad_norm: float | None = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm; None leaves them."""
+
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Every dropout of the encoder; None keeps its config's. On a CPU attention dropout halves the speed."""
+
+    precision: Precision = "fp32"
+    """fp32, or autocast to bf16 or fp16 on a GPU."""
+
+    validation_fraction: Fraction = 0.1
+    """Share of the training documents held out to choose the best epoch; by a stable hash of doc_id."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of the head's weights, dropout and the order of documents."""

@@ -1,0 +1,264 @@
+"""Storage: the only module that opens URLs. Whatever fsspec reads and writes, belt does.
+
+An object appears whole or not at all: it is written to memory or a temporary file, then put in one step.
+Nothing here knows what a table means.
+"""
+
+import glob
+import hashlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from belt_tasks.errors import ConfigError, TransientError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """One existing object. `version` changes when its content does: its entity tag, or size and time of change."""
+
+    uri: str
+    num_bytes: int
+    version: str
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path parts to a URI."""
+    return "/".join([uri.rstrip("/") or "/", *parts])
+
+
+def list_files(uri: str, *, suffix: str) -> list[StoredFile]:
+    """The files that a path, a directory (searched through) or a glob stands for, sorted by URI.
+
+    Names that begin with a dot or an underscore, as temporary files and markers do, are left out of directories.
+
+    Raises:
+        ConfigError: there is nothing, or it cannot be read.
+    """
+    with _storage_errors(f"list {uri}"):
+        filesystem, path = _resolve(uri)
+        if glob.has_magic(path) and not filesystem.exists(path):
+            found = filesystem.glob(path, detail=True)
+        elif filesystem.isdir(path):
+            found = {
+                name: info
+                for name, info in filesystem.find(path, detail=True).items()
+                if name.endswith(suffix) and not _is_hidden(name.removeprefix(path))
+            }
+        elif filesystem.exists(path):
+            found = {path: filesystem.info(path)}
+        else:
+            raise ConfigError(f"{uri}: no such file, directory or glob")
+    files = [
+        StoredFile(uri=filesystem.unstrip_protocol(name), num_bytes=info["size"], version=_version(info))
+        for name, info in sorted(found.items())
+        if info["type"] == "file"
+    ]
+    if not files:
+        raise ConfigError(f"{uri}: no {suffix} files there")
+    return [_as_given(file, filesystem) for file in files]
+
+
+def exists(uri: str) -> bool:
+    """Whether an object is there."""
+    with _storage_errors(f"look for {uri}"):
+        filesystem, path = _resolve(uri)
+        return bool(filesystem.exists(path))
+
+
+def read_bytes(uri: str) -> bytes:
+    """A whole object; for small ones."""
+    with _storage_errors(f"read {uri}"):
+        filesystem, path = _resolve(uri)
+        return bytes(filesystem.cat_file(path))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Put a whole object, replacing what was there; readers see the old one or the new one."""
+    with _storage_errors(f"write {uri}"):
+        filesystem, path = _resolve(uri)
+        if isinstance(filesystem, LocalFileSystem):
+            with _local_replacement(Path(path)) as temporary:
+                temporary.write_bytes(data)
+        else:
+            filesystem.pipe_file(path, data)
+
+
+@contextmanager
+def parquet_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer whose object appears when the block ends well, and never when it raises."""
+    filesystem, path = _resolve(uri)
+    local = isinstance(filesystem, LocalFileSystem)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(path) if local else Path(folder) / "table.parquet"
+        with (
+            _local_replacement(target) as temporary,
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+        ):
+            yield writer
+        if not local:
+            with _storage_errors(f"write {uri}"):
+                filesystem.put_file(str(target), path)
+
+
+def write_parquet(uri: str, table: pa.Table) -> None:
+    """Put a table as one Parquet object."""
+    with parquet_writer(uri, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_parquet(uri: str, *, columns: list[str] | None = None) -> pa.Table:
+    """A whole Parquet object; for tables that belt wrote and whose size it chose."""
+    with _storage_errors(f"read {uri}"):
+        filesystem, path = _resolve(uri)
+        with filesystem.open(path, "rb") as file:
+            return pq.ParquetFile(file).read(columns=columns)
+
+
+def parquet_dataset(uri: str) -> ds.FileSystemDataset:
+    """One Parquet file as a dataset, its hive partition columns (`.../key=value/...`) included.
+
+    Raises:
+        ConfigError: it is not a Parquet file, or cannot be read.
+    """
+    with _storage_errors(f"read {uri}"):
+        filesystem, path = _resolve(uri)
+        try:
+            return ds.dataset([path], filesystem=filesystem, format="parquet", partitioning="hive")
+        except pa.ArrowInvalid as error:
+            raise ConfigError(f"{uri}: not a readable Parquet file ({error})") from error
+
+
+def put_directory(local: Path, uri: str, *, last: str) -> None:
+    """Copy a local directory; the file named `last` goes last, so that its presence means that all is there."""
+    files = sorted(path for path in local.rglob("*") if path.is_file())
+    files.sort(key=lambda path: path.relative_to(local).as_posix() == last)
+    for path in files:
+        write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
+
+
+@contextmanager
+def local_directory(uri: str) -> Iterator[Path]:
+    """A directory as local files: itself where it is local, otherwise a copy that goes when the block ends.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    with _storage_errors(f"read {uri}"):
+        filesystem, path = _resolve(uri)
+        if not filesystem.isdir(path):
+            raise ConfigError(f"{uri}: no such directory")
+    if isinstance(filesystem, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with _storage_errors(f"read {uri}"):
+            for name in filesystem.find(path):
+                target = Path(folder) / name.removeprefix(path).lstrip("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                filesystem.get_file(name, str(target))
+        yield Path(folder)
+
+
+def is_directory(uri: str) -> bool:
+    """Whether a URI is an existing directory (or prefix)."""
+    with _storage_errors(f"look for {uri}"):
+        filesystem, path = _resolve(uri)
+        return bool(filesystem.isdir(path))
+
+
+def absolute(uri: str) -> str:
+    """The same place, independent of the working directory of whoever reads it later."""
+    filesystem, path = _resolve(uri)
+    return path if isinstance(filesystem, LocalFileSystem) else uri
+
+
+def check_writable(uri: str) -> None:
+    """Put and remove a small object under a prefix, so that a wrong output is known before work starts.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    probe = join(uri, f".belt-probe-{uuid.uuid4().hex}")
+    write_bytes(probe, b"")
+    with _storage_errors(f"write {uri}"):
+        filesystem, path = _resolve(probe)
+        filesystem.rm_file(path)
+
+
+def sha256_of_files(folder: Path, names: list[str]) -> str:
+    """One digest over the names and contents of local files."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0{sha256_of_file(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """64 hex digits over a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111 - a URI, not yet a path
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{uri}: {error}") from error
+    return filesystem, str(path)
+
+
+def _version(info: dict[str, object]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "content_md5"):
+        if info.get(key):
+            return str(info[key])
+    changed = info.get("mtime") or info.get("LastModified") or info.get("created")
+    return f"{info['size']}-{changed}"
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.split("/"))
+
+
+def _as_given(file: StoredFile, filesystem: fsspec.AbstractFileSystem) -> StoredFile:
+    """Local files are named by their plain path, which every Parquet reader takes."""
+    if not isinstance(filesystem, LocalFileSystem):
+        return file
+    return StoredFile(uri=file.uri.removeprefix("file://"), num_bytes=file.num_bytes, version=file.version)
+
+
+@contextmanager
+def _local_replacement(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target` that takes its place, durably, when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage_errors(action: str) -> Iterator[None]:
+    """Say what failed, and whether a retry can help."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError) as error:
+        raise TransientError(f"cannot {action}: {error or type(error).__name__}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"cannot {action}: no such file or directory") from error
+    except OSError as error:
+        raise ConfigError(f"cannot {action}: {error.strerror or error}") from error

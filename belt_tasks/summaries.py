@@ -1,0 +1,163 @@
+"""Summaries: what a run did, as Markdown for people. The same text is a Prefect artifact and the CLI's last words."""
+
+from typing import Any
+
+from belt_tasks import storage
+from belt_tasks.demo import ReadBack
+from belt_tasks.evaluation import EvaluationReceipt
+from belt_tasks.fine_tuning import FineTuningReceipt
+from belt_tasks.publishing import Manifest
+
+STAGES = ("read", "tokenize", "encode", "write")
+SHOWN_METRICS = {
+    "accuracy": "accuracy",
+    "majority_baseline_accuracy": "accuracy of always guessing the commonest label",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "subset_accuracy": "subset accuracy",
+    "auc": "AUC",
+    "log_loss": "log loss",
+    "ece": "expected calibration error",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "r2": "R2",
+    "spearman": "Spearman's correlation",
+}
+
+
+def run_summary(manifest: Manifest, *, reused: bool = False) -> str:
+    """Counts, rejected rows with reasons, cost by stage, and where everything is."""
+    run = manifest.run
+    lines = [
+        f"## {run['flow']}: {run['num_documents']:,} documents, run {run['run_id']}",
+        "",
+        *(["This run was complete already: nothing was done again.", ""] if reused else []),
+        *_table(
+            ["", ""],
+            [
+                ["documents", f"{run['num_documents']:,}"],
+                ["rejected rows", _rejected(run["num_rejected"], manifest.rejected_by_reason)],
+                ["content tokens", _tokens(run)],
+                *([["chunks", f"{run['num_chunks']:,}"]] if run["num_chunks"] else []),
+                ["shards", f"{run['num_shards']:,}"],
+                ["wall clock", _seconds(run["elapsed_s"])],
+            ],
+        ),
+        "",
+        *_table(
+            ["stage", "seconds", "tokens per second"],
+            [[stage, _seconds(run[f"{stage}_s"]), _rate(run, stage)] for stage in STAGES if run[f"{stage}_s"] > 0],
+        ),
+        "",
+        f"- output: `{run['output_uri']}`",
+        f"- manifest: `{storage.join(run['output_uri'], 'runs', run['run_id'], 'manifest.json')}`",
+    ]
+    tables = sorted({file.table for file in manifest.files})
+    lines += [
+        f"- {table}: `{storage.join(run['output_uri'], 'runs', run['run_id'], table, '*.parquet')}`" for table in tables
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
+    """Losses and metrics by epoch, cost, and where the checkpoint is."""
+    rows = []
+    for epoch in receipt.epochs:
+        validation = epoch.validation or {}
+        shown = [_number(validation.get(name)) for name in ("loss", _main_metric(receipt.task))]
+        best = " (kept)" if epoch.number == receipt.best_epoch else ""
+        rows.append([f"{epoch.number}{best}", _number(epoch.training_loss), *shown])
+    rate = receipt.num_tokens_encoded * len(receipt.epochs) / receipt.training_s
+    labels = ", ".join(receipt.labels[:10]) + (", ..." if len(receipt.labels) > 10 else "")  # noqa: PLR2004 - enough
+    return "\n".join(
+        [
+            f"## fine-tuning: {receipt.task} ({labels})",
+            "",
+            *_table(["epoch", "training loss", "validation loss", _main_metric(receipt.task)], rows),
+            "",
+            f"- trained on {receipt.num_training_documents:,} documents, {receipt.num_validation_documents:,} held out",
+            f"- {receipt.num_chunks:,} chunks",
+            f"- {_seconds(receipt.training_s)}, {rate:,.0f} tokens per second",
+            f"- checkpoint: `{receipt.checkpoint_uri}`",
+            "",
+        ]
+    )
+
+
+def evaluation_summary(receipt: EvaluationReceipt) -> str:
+    """The main metrics, and where all of them and the plots are."""
+    measured = receipt.metrics
+    rows = [[words, _number(measured[name])] for name, words in SHOWN_METRICS.items() if name in measured]
+    lines = [
+        f"## evaluation: {measured['num_documents']:,} documents",
+        "",
+        *_table(["metric", "value"], rows),
+        "",
+    ]
+    if receipt.rejected_by_reason:
+        count = sum(receipt.rejected_by_reason.values())
+        lines.append(f"- labels put aside: {_rejected(count, receipt.rejected_by_reason)}")
+    lines += [f"- all metrics: `{receipt.metrics_uri}`", *[f"- plot: `{uri}`" for uri in receipt.plot_uris]]
+    return "\n".join(lines) + "\n"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; `|` in a cell is escaped."""
+    shown = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *shown]]
+
+
+def _rejected(count: int, by_reason: dict[str, int]) -> str:
+    reasons = ", ".join(f"{reason} {num:,}" for reason, num in sorted(by_reason.items()))
+    return f"{count:,} ({reasons})" if count else "0"
+
+
+def _tokens(run: dict[str, Any]) -> str:
+    if run["num_tokens"] == 0 or run["num_chunks"] == 0:
+        return f"{run['num_tokens']:,}"
+    return f"{run['num_tokens']:,}, {run['num_tokens_scored'] / run['num_tokens']:.1%} of them in a chunk"
+
+
+def _rate(run: dict[str, Any], stage: str) -> str:
+    if stage == "encode":
+        return f"{run['tokens_per_s']:,.0f}" if run["tokens_per_s"] else ""
+    return f"{run['num_tokens'] / run[f'{stage}_s']:,.0f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _main_metric(task: str) -> str:
+    return {"regression": "mse", "multilabel": "micro_f1"}.get(task, "accuracy")
+
+
+def read_back_summary(result: ReadBack) -> str:
+    """What polars and DuckDB read from the published table."""
+    return "\n".join(
+        [
+            "## read back",
+            "",
+            f"polars found {result.polars_rows:,} rows, DuckDB {result.duckdb_rows:,}. By DuckDB:",
+            "",
+            *_table(
+                ["label", "documents", "mean score"],
+                [[label, f"{count:,}", f"{mean:.3f}"] for label, count, mean in result.labels],
+            ),
+            "",
+            "The longest documents, by polars:",
+            "",
+            *_table(
+                ["doc_id", "label", "score", "tokens", "chunks"],
+                [
+                    [doc_id, label, f"{score:.3f}", f"{num_tokens:,}", f"{num_chunks:,}"]
+                    for doc_id, label, score, num_tokens, num_chunks in result.longest
+                ],
+            ),
+            "",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Prefect flows: order, fan-out, retries and artifacts. The work itself is in belt_tasks."""

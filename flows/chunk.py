@@ -1,0 +1,49 @@
+"""Write the chunk table of a corpus."""
+
+from datetime import UTC, datetime
+
+from prefect import flow, unmapped
+from prefect.artifacts import create_markdown_artifact
+
+from belt_tasks import summaries
+from belt_tasks.publishing import Manifest
+from belt_tasks.specs import ChunkSpec, CorpusSpec
+from flows import tasks
+
+
+@flow(name="chunk", flow_run_name="chunk {corpus_uri}", task_runner=tasks.one_worker)
+def chunk(
+    corpus_uri: str,
+    encoder: str,
+    output_uri: str,
+    corpus: CorpusSpec = CorpusSpec(),
+    chunks: ChunkSpec = ChunkSpec(),
+) -> Manifest:
+    """Cut every document of a corpus into chunks of token ids.
+
+    Args:
+        corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
+        encoder: local directory or hub name of the encoder whose tokenizer is used.
+        output_uri: directory for the run and the published manifest.
+        corpus: columns and split.
+        chunks: the method's parameters.
+    """
+    started_at = datetime.now(UTC)
+    plan = tasks.plan_chunking(corpus_uri, encoder, output_uri, corpus, chunks)
+    manifest = tasks.republish(plan.run)
+    reused = manifest is not None
+    if manifest is None:
+        receipts = tasks.gather(
+            tasks.chunk_shard.map(
+                list(plan.shards),
+                unmapped(corpus),
+                unmapped(chunks),
+                run=unmapped(plan.run),
+                encoder=unmapped(plan.encoder),
+                duplicates_uri=unmapped(plan.duplicates_uri),
+            )
+        )
+        row = {"flow": "chunk", "corpus_uri": corpus_uri, "spec": chunks.model_dump_json()}
+        manifest = tasks.publish(plan.run, receipts, row=row, labels=(), started_at=started_at)
+    create_markdown_artifact(summaries.run_summary(manifest, reused=reused), key="chunk-summary")
+    return manifest

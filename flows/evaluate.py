@@ -1,0 +1,29 @@
+"""Score a labelled corpus and compare the predictions with its labels."""
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from belt_tasks import summaries
+from belt_tasks.evaluation import EvaluationReceipt
+from belt_tasks.publishing import Manifest
+from belt_tasks.specs import CorpusSpec, ScoreSpec
+from flows import tasks
+from flows.score import score
+
+
+@flow(name="evaluate", flow_run_name="evaluate {corpus_uri}")
+def evaluate(
+    corpus_uri: str,
+    checkpoint_uri: str,
+    output_uri: str,
+    corpus: CorpusSpec = CorpusSpec(),
+    spec: ScoreSpec = ScoreSpec(),
+) -> tuple[Manifest, EvaluationReceipt]:
+    """Measure how good a checkpoint is on a labelled corpus; parameters are those of `score`."""
+    plan = tasks.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
+    manifest = score(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+    receipt = tasks.evaluate_run(plan, corpus, manifest)
+    create_markdown_artifact(
+        summaries.run_summary(manifest) + "\n" + summaries.evaluation_summary(receipt), key="evaluate-summary"
+    )
+    return manifest, receipt

@@ -1,0 +1,69 @@
+"""Fine-tune an encoder on a labelled corpus and publish the checkpoint."""
+
+from datetime import UTC, datetime
+
+from prefect import flow, unmapped
+from prefect.artifacts import create_markdown_artifact
+
+from belt_tasks import summaries
+from belt_tasks.fine_tuning import FineTuningReceipt
+from belt_tasks.publishing import Manifest
+from belt_tasks.specs import CorpusSpec, TrainSpec
+from flows import tasks
+
+
+@flow(name="fine-tune", flow_run_name="fine-tune {corpus_uri}", task_runner=tasks.one_worker)
+def fine_tune(
+    corpus_uri: str,
+    encoder: str,
+    output_uri: str,
+    corpus: CorpusSpec = CorpusSpec(),
+    spec: TrainSpec = TrainSpec(),
+) -> tuple[Manifest, FineTuningReceipt]:
+    """Fine-tune on every labelled document; a run that is complete already is not done again.
+
+    Args:
+        corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
+        encoder: local directory or hub name of the encoder to begin with.
+        output_uri: directory for the run, its checkpoint and the published manifest; can be scored with.
+        corpus: columns and split.
+        spec: how to fine-tune.
+    """
+    started_at = datetime.now(UTC)
+    plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
+    manifest = tasks.republish(plan.run)
+    reused = manifest is not None
+    if manifest is None:
+        receipts = tasks.gather(
+            tasks.prepare_shard.map(
+                list(plan.shards),
+                unmapped(corpus),
+                run=unmapped(plan.run),
+                encoder=unmapped(plan.encoder),
+                label_role=unmapped(plan.label_role),
+                duplicates_uri=unmapped(plan.duplicates_uri),
+            )
+        )
+        trained = tasks.fine_tune_prepared(plan, receipts, corpus, spec)
+        manifest = tasks.publish(
+            plan.run,
+            receipts,
+            row={
+                "flow": "fine-tune",
+                "corpus_uri": corpus_uri,
+                "checkpoint_uri": trained.checkpoint_uri,
+                "checkpoint_digest": trained.checkpoint_digest,
+                "device": plan.device,
+                "spec": spec.model_dump_json(),
+                **trained.counts(),
+            },
+            labels=trained.labels,
+            started_at=started_at,
+        )
+    else:
+        trained = tasks.read_fine_tuning_receipt(plan.run)
+    create_markdown_artifact(
+        summaries.run_summary(manifest, reused=reused) + "\n" + summaries.fine_tuning_summary(trained),
+        key="fine-tune-summary",
+    )
+    return manifest, trained

@@ -1,0 +1,46 @@
+"""Progress bars for the command line: one per stage, made when the stage first reports."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+UNITS = {"tokenize": "rows", "encode": "chunks", "fine-tune": "documents"}
+
+
+class ProgressBars:
+    """Listens to `belt_tasks.progress`; draws on a terminal only."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:>20}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._totals: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._progress.stop()
+
+    def advance(self, stage: str, num_done: int, num_more: int | None) -> None:
+        """A stage reports; see `belt_tasks.progress.advance`."""
+        if stage not in self._tasks:
+            unit = UNITS.get(stage)
+            self._tasks[stage] = self._progress.add_task(f"{stage} ({unit})" if unit else stage, total=None)
+        if num_more:
+            self._totals[stage] = self._totals.get(stage, 0) + num_more
+            self._progress.update(self._tasks[stage], total=self._totals[stage])
+        self._progress.advance(self._tasks[stage], num_done)

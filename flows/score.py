@@ -1,0 +1,63 @@
+"""Score a corpus with a checkpoint and publish the predictions."""
+
+from datetime import UTC, datetime
+
+from prefect import flow, unmapped
+from prefect.artifacts import create_markdown_artifact
+
+from belt_tasks import summaries
+from belt_tasks.publishing import Manifest
+from belt_tasks.specs import CorpusSpec, ScoreSpec
+from flows import tasks
+
+
+@flow(name="score", flow_run_name="score {corpus_uri}", task_runner=tasks.one_worker)
+def score(
+    corpus_uri: str,
+    checkpoint_uri: str,
+    output_uri: str,
+    corpus: CorpusSpec = CorpusSpec(),
+    spec: ScoreSpec = ScoreSpec(),
+) -> Manifest:
+    """Score every document of a corpus; killed and started again, it goes on where it was.
+
+    Args:
+        corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
+        checkpoint_uri: a checkpoint, the output of a fine-tuning, or a finished Hugging Face sequence classifier.
+        output_uri: directory for the run and the published manifest.
+        corpus: columns and split.
+        spec: how to score; what it leaves out is the checkpoint's own.
+    """
+    started_at = datetime.now(UTC)
+    plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+    manifest = tasks.republish(plan.run)
+    reused = manifest is not None
+    if manifest is None:
+        receipts = tasks.gather(
+            tasks.score_shard.map(
+                list(plan.shards),
+                unmapped(corpus),
+                unmapped(plan.spec),
+                run=unmapped(plan.run),
+                checkpoint_uri=unmapped(plan.checkpoint_uri),
+                checkpoint_digest=unmapped(plan.checkpoint_digest),
+                duplicates_uri=unmapped(plan.duplicates_uri),
+            )
+        )
+        manifest = tasks.publish(
+            plan.run,
+            receipts,
+            row={
+                "flow": "score",
+                "corpus_uri": corpus_uri,
+                "checkpoint_uri": plan.checkpoint_uri,
+                "checkpoint_digest": plan.checkpoint_digest,
+                "scoring_fingerprint": plan.scoring_fingerprint,
+                "device": plan.device,
+                "spec": plan.spec.model_dump_json(),
+            },
+            labels=plan.labels,
+            started_at=started_at,
+        )
+    create_markdown_artifact(summaries.run_summary(manifest, reused=reused), key="score-summary")
+    return manifest

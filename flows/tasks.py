@@ -1,0 +1,84 @@
+"""Every Prefect task, bound on one page: which function, how often it is retried, and what it is called.
+
+The functions know nothing of Prefect. What crosses a task's boundary is a reference and a spec; what comes back is a
+receipt: nothing here is worth caching or persisting, since a stage finds its own finished work in storage.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.tasks import Task
+
+from belt_tasks import chunks, demo, evaluation, fine_tuning, planning, publishing, scoring, training_set
+from belt_tasks.errors import ShardError, TransientError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RETRY_DELAYS_S = [2.0, 10.0, 60.0]
+
+# a model already uses all cores or the GPU
+one_worker = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=1))
+
+
+def only_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retry what a retry can cure, and nothing else."""
+    return isinstance(state.result(raise_on_failure=False), TransientError)
+
+
+def bind(function: Callable[P, R], *, task_run_name: str | None = None) -> Task[P, R]:
+    """A task that calls `function` under belt's one policy."""
+    return task(
+        task_run_name=task_run_name,
+        retries=len(RETRY_DELAYS_S),
+        retry_delay_seconds=RETRY_DELAYS_S,
+        retry_condition_fn=only_transient,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )(function)
+
+
+plan_scoring = bind(planning.plan_scoring)
+plan_chunking = bind(planning.plan_chunking)
+plan_fine_tuning = bind(planning.plan_fine_tuning)
+plan_evaluation = bind(planning.plan_evaluation)
+
+score_shard = bind(scoring.score_shard, task_run_name="score-{shard.key}")
+chunk_shard = bind(chunks.chunk_shard, task_run_name="chunk-{shard.key}")
+prepare_shard = bind(training_set.prepare_shard, task_run_name="prepare-{shard.key}")
+fine_tune_prepared = bind(fine_tuning.fine_tune_prepared)
+read_fine_tuning_receipt = bind(fine_tuning.read_receipt)
+evaluate_run = bind(evaluation.evaluate_run)
+
+republish = bind(publishing.republish)
+publish = bind(publishing.publish)
+
+write_demo_corpus = bind(demo.write_demo_corpus)
+read_back = bind(demo.read_back)
+
+
+def gather(futures: Sequence[PrefectFuture[R]]) -> list[R]:
+    """Wait for all shards; a shard that failed does not stop the others, but nothing is published without it.
+
+    Raises:
+        ShardError: some shards could not be processed; names them all. The others are finished and will be found by
+            the next attempt.
+        Exception: whatever else a shard raised.
+    """
+    results = [future.result(raise_on_failure=False) for future in futures]
+    failed = [result for result in results if isinstance(result, BaseException)]
+    other = next((error for error in failed if not isinstance(error, ShardError)), None)
+    if other is not None:
+        raise other
+    if failed:
+        reasons = "\n".join(f"- {error}" for error in failed)
+        raise ShardError(
+            f"{len(failed)} of {len(results)} shards failed, so nothing was published; the others are kept for the "
+            f"next attempt:\n{reasons}"
+        )
+    return results
