@@ -10,16 +10,17 @@ from belt_tasks import storage
 from belt_tasks.demo_corpus import DemoCorpusSpec, build_demo_corpus
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest
-from belt_tasks.specs import ChunkSpec, Spec, TrainSpec
+from belt_tasks.specs import ChunkSpec, ScoreSpec, Spec, TrainSpec
 
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Chosen so that the demo ends within minutes on two cores: training reads two chunks of a document at most (scoring
 # reads all of them), and goes without dropout, which halves the speed of attention on a CPU.
-DEMO_CORPUS_SPEC = DemoCorpusSpec(documents_per_library=40)
+DEMO_CORPUS_SPEC = DemoCorpusSpec(documents_per_library=32)
 DEMO_TRAIN_SPEC = TrainSpec(
-    chunks=ChunkSpec(maximal_text_length=1020), epochs=3, learning_rate=2e-4, dropout=0.0, validation_fraction=0.1
+    chunks=ChunkSpec(maximal_text_length=1020), epochs=2, learning_rate=2e-4, documents_per_batch=4, dropout=0.0
 )
+DEMO_SCORE_SPEC = ScoreSpec(chunks=ChunkSpec())
 
 
 class ReadBack(Spec):

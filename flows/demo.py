@@ -2,7 +2,7 @@
 
 from prefect import flow
 
-from belt_tasks.demo import DEMO_CORPUS_SPEC, DEMO_TRAIN_SPEC, ReadBack, demo_encoder
+from belt_tasks.demo import DEMO_CORPUS_SPEC, DEMO_SCORE_SPEC, DEMO_TRAIN_SPEC, ReadBack, demo_encoder
 from belt_tasks.demo_corpus import DemoCorpusSpec
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
@@ -39,8 +39,8 @@ def demo(output_uri: str, corpus: DemoCorpusSpec = DEMO_CORPUS_SPEC, spec: Train
     test = CorpusSpec(split_column="split", split="test")
     model_uri = f"{output_uri}/model"
     fine_tuning_run, fine_tuning = fine_tune(corpus_uri, str(demo_encoder()), model_uri, training, spec)
-    _, evaluation = evaluate(corpus_uri, model_uri, f"{output_uri}/evaluation", test)
-    scoring_run = score(corpus_uri, model_uri, f"{output_uri}/predictions")
+    _, evaluation = evaluate(corpus_uri, model_uri, f"{output_uri}/evaluation", test, DEMO_SCORE_SPEC)
+    scoring_run = score(corpus_uri, model_uri, f"{output_uri}/predictions", CorpusSpec(), DEMO_SCORE_SPEC)
     return DemoResult(
         fine_tuning_run=fine_tuning_run,
         fine_tuning=fine_tuning,

@@ -1,0 +1,226 @@
+"""Fixtures that every test may use: tiny random encoders of each family, real weights, and corpora on disk."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# before anything imports prefect or transformers: nothing leaves this machine
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+FAMILIES = ("bert", "roberta", "distilbert", "mpnet", "modernbert")
+NUM_POSITIONS = 64
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and then it sleeps.",
+    "A window covers some tokens; the next window begins a stride later!",
+    "Crème brûlée costs 12.50 euros in Zürich (naïve café prices).",
+    "def pool(chunks): return sum(chunks) / len(chunks)  # mean pooling",
+    "numbers 0 1 2 3 4 5 6 7 8 9 and punctuation . , ; : ! ? - _ ( ) [ ] { }",
+]
+
+
+def words(num_words: int, seed: int = 0) -> str:
+    """A text of random words from SENTENCES."""
+    pool = " ".join(SENTENCES).split()
+    return " ".join(np.random.default_rng(seed).choice(pool, size=num_words)) if num_words else ""
+
+
+def wordpiece_tokenizer() -> Tokenizer:
+    """As BERT has: [CLS] ... [SEP], lower case, whitespace and punctuation apart."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 5, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+def byte_level_tokenizer(special: Sequence[str], template: tuple[str, str]) -> Tokenizer:
+    """As RoBERTa and ModernBERT have: bytes, a space belongs to the word behind it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 5, trainer)
+    first, last = template
+    ids = [(token, tokenizer.token_to_id(token)) for token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", pair=f"{first} $A {last} $B {last}", special_tokens=ids
+    )
+    return tokenizer
+
+
+def unigram_tokenizer() -> Tokenizer:
+    """As XLM-RoBERTa has: pieces with a leading underline for the space, special tokens inside the vocabulary."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 5, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+BERT_NAMES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+ROBERTA_NAMES = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, names: dict[str, str]) -> None:
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def save_tiny_encoder(folder: Path, family: str, *, seed: int = 0, dropout: float = 0.1, **config: Any) -> Path:
+    """A random two-layer encoder of a family with its tokenizer, as a Hugging Face directory."""
+    torch.manual_seed(seed)
+    tokenizer, names, build = _parts(family, dropout)
+    save_tokenizer(folder, tokenizer, names)
+    built = build(tokenizer.get_vocab_size(), **config)
+    model = transformers.AutoModel.from_config(built)
+    with torch.no_grad():  # larger weights than at initialisation, so that documents differ
+        for weight in model.parameters():
+            weight.mul_(4.0) if weight.ndim > 1 else None
+    model.save_pretrained(folder)
+    return folder
+
+
+def _parts(family: str, dropout: float) -> tuple[Tokenizer, dict[str, str], Callable[..., Any]]:
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    match family:
+        case "bert":
+            return (
+                wordpiece_tokenizer(),
+                BERT_NAMES,
+                lambda size, **more: transformers.BertConfig(
+                    vocab_size=size, max_position_embeddings=NUM_POSITIONS, pad_token_id=0, **drop, **SIZES, **more
+                ),
+            )
+        case "distilbert":
+            return (
+                wordpiece_tokenizer(),
+                BERT_NAMES,
+                lambda size, **more: transformers.DistilBertConfig(
+                    vocab_size=size,
+                    max_position_embeddings=NUM_POSITIONS,
+                    dim=32,
+                    n_layers=2,
+                    n_heads=4,
+                    hidden_dim=64,
+                    dropout=dropout,
+                    attention_dropout=dropout,
+                    pad_token_id=0,
+                    **more,
+                ),
+            )
+        case "roberta" | "mpnet":
+            config = transformers.RobertaConfig if family == "roberta" else transformers.MPNetConfig
+            return (
+                byte_level_tokenizer(ROBERTA_SPECIAL, ("<s>", "</s>")),
+                ROBERTA_NAMES,
+                lambda size, **more: config(
+                    vocab_size=size, max_position_embeddings=NUM_POSITIONS + 2, pad_token_id=1, **drop, **SIZES, **more
+                ),
+            )
+        case "modernbert":
+            special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+            return (
+                byte_level_tokenizer(special, ("[CLS]", "[SEP]")),
+                BERT_NAMES,
+                lambda size, **more: transformers.ModernBertConfig(
+                    vocab_size=size,
+                    max_position_embeddings=NUM_POSITIONS,
+                    pad_token_id=0,
+                    cls_token_id=2,
+                    sep_token_id=3,
+                    bos_token_id=2,
+                    eos_token_id=3,
+                    mlp_dropout=dropout,
+                    embedding_dropout=dropout,
+                    attention_dropout=dropout,
+                    global_attn_every_n_layers=2,
+                    local_attention=16,
+                    **SIZES,
+                    **more,
+                ),
+            )
+    raise AssertionError(family)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> directory of a tiny random encoder, made once."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = save_tiny_encoder(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_encoders) -> Path:
+    """A tiny random BERT that reads 64 tokens."""
+    return tiny_encoders("bert")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2."""
+    from belt_tasks.demo import demo_encoder
+
+    return demo_encoder()
+
+
+@pytest.fixture
+def write_corpus(tmp_path: Path) -> Callable[..., str]:
+    """Write rows as Parquet files of a corpus; returns its path."""
+
+    def write(rows: pl.DataFrame | pa.Table | dict[str, Any], *, num_files: int = 1, name: str = "corpus") -> str:
+        table = rows.to_arrow() if isinstance(rows, pl.DataFrame) else rows
+        table = pa.table(table) if isinstance(table, dict) else table
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        size = -(-max(table.num_rows, 1) // num_files)
+        for i in range(num_files):
+            pq.write_table(table.slice(i * size, size), folder / f"part-{i}.parquet")
+        return str(folder)
+
+    return write
+
+
+def labelled_rows(num_documents: int, *, seed: int = 0, most_words: int = 120) -> pl.DataFrame:
+    """Documents whose label shows in their words, of 0 to `most_words` words."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num_documents):
+        label = ["fox", "window"][i % 2]
+        text = words(int(rng.integers(0, most_words)), seed=seed * 1000 + i)
+        rows.append((f"doc-{i:04d}", f"{label} {text}", label, "test" if i % 5 == 0 else "train"))
+    return pl.DataFrame(rows, schema=["doc_id", "text", "label", "split"], orient="row")
