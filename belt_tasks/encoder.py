@@ -76,6 +76,9 @@ def load_body(source: str | Path, *, dropout: float | None = None) -> PreTrained
         body: PreTrainedModel = AutoModel.from_pretrained(
             source, config=config, dtype=torch.float32, use_safetensors=True
         )
+    if getattr(body, "pooler", None) is not None:
+        # belt's head reads the first token itself; this layer would cost time and learn nothing
+        setattr(body, "pooler", None)  # noqa: B010 - the attribute is declared as a module
     if not isinstance(getattr(body.config, "hidden_size", None), int):
         raise ConfigError(
             f"{source}: a {body.config.model_type} model has no hidden_size, so belt cannot put a head on it"

@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+# Nothing is written outside this folder: the environment is .venv, everything else is under .belt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STATE := $(CURDIR)/.belt
+
+# Prefect's home and every cache stay in the checkout; nobody is told that belt runs.
+export PREFECT_HOME := $(STATE)/prefect
+export HF_HOME := $(STATE)/huggingface
+export HF_HUB_OFFLINE := 1
+export MPLCONFIGDIR := $(STATE)/matplotlib
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check format clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+
+demo: .venv/demo  ## install, then run the whole pipeline on real text and say where its results are
+	$(BIN)/belt demo --output .belt/demo
+
+test: .venv/test check  ## install, then run the linters, the type checker and all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: .venv/test  ## linters, type checker and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/test  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove everything that the other commands made
+	rm -rf .venv .belt build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "belt needs Python 3.11 or newer, got " + sys.version)'
+	$(PYTHON) -m venv .venv
+
+# A stamp per extra: installed again only when the dependencies change.
+.venv/%: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
