@@ -51,7 +51,7 @@ def chunk_shard(
             windows = chunk_windows(block.tokens.num_tokens_D, chunks, document_seed_D=block.document_seed_D())
             with stopwatch.time("write"):
                 writer.write(chunk_table(block.documents["doc_id"], block.tokens, windows))
-            counts += Counts.of_windows(windows, block.tokens)
+            counts += prepare.count(windows, block.tokens)
     return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
 
 

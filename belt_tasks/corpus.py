@@ -14,13 +14,17 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from belt_tasks import columns, storage
 from belt_tasks.errors import ConfigError, ShardError, TransientError
 from belt_tasks.specs import CorpusSpec, Spec
 
 SHARD_BYTES = 128 * 2**20
+# a batch is the smaller of the two, though never less than one row
 BATCH_ROWS = 1024
+BATCH_BYTES = 16 * 2**20
+NUM_PROBLEMS = 10
 
 LabelRole = Literal["none", "label", "labels", "target"]
 
@@ -59,12 +63,25 @@ def plan_shards(corpus_uri: str, spec: CorpusSpec, *, label_role: LabelRole = "n
         label_role: how the label column will be read; "none" does not look at it.
 
     Raises:
-        ConfigError: nothing is there, a file is unreadable, a column is missing or of a wrong type, or no row is there.
+        ConfigError: nothing is there, no row is, or files are unreadable, lack columns or have them in wrong types;
+            one message names all such files.
     """
     files = storage.list_files(corpus_uri, suffix=".parquet")
-    shards = [shard for file in files for shard in _shards_of_file(file, spec, label_role)]
+    shards, problems = [], []
+    for file in files:
+        try:
+            shards += _shards_of_file(file, spec, label_role)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        more = [f"... and {len(problems) - NUM_PROBLEMS} more files"] if len(problems) > NUM_PROBLEMS else []
+        raise ConfigError("\n".join([*problems[:NUM_PROBLEMS], *more]))
     if sum(shard.num_rows for shard in shards) == 0:
         raise ConfigError(f"{corpus_uri}: no rows in its {len(files)} files")
+    if spec.split_column is not None and not any(_has_rows(shard, spec) for shard in shards):
+        raise ConfigError(
+            f"{corpus_uri}: no row has {spec.split!r} in column {spec.split_column!r} (choose with --split)"
+        )
     return shards
 
 
@@ -75,7 +92,8 @@ def label_column_type(corpus_uri: str, spec: CorpusSpec) -> pa.DataType:
         ConfigError: there is no such file or column.
     """
     first = storage.list_files(corpus_uri, suffix=".parquet")[0]
-    schema = storage.parquet_dataset(first.uri).schema
+    with storage.open_parquet(first.uri) as parquet:
+        schema = _schema(parquet, first.uri)
     return columns.field_of(schema, spec.label_column, option="--label-column", uri=first.uri).type
 
 
@@ -109,7 +127,7 @@ def read_documents(
 def duplicate_rows(shards: list[ShardRef], spec: CorpusSpec) -> pa.Table:
     """Rows whose doc_id an earlier row of the corpus has, in the order of files and rows: the first one stays.
 
-    Memory is 8 bytes a row: hashes first, then the ids of those rows alone whose hashes are equal.
+    Memory is some 24 bytes a row: hashes first, then the ids of those rows alone whose hashes are equal.
 
     Returns:
         source_uri: string and row_index: int64, one row per later duplicate.
@@ -132,10 +150,11 @@ def duplicate_rows(shards: list[ShardRef], spec: CorpusSpec) -> pa.Table:
     )
 
 
-def _shards_of_file(file: storage.StoredFile, spec: CorpusSpec, label_role: LabelRole) -> Iterator[ShardRef]:
-    dataset = storage.parquet_dataset(file.uri)
-    columns.check_columns(dataset.schema, spec, label_role=label_role, uri=file.uri)
-    groups = next(iter(dataset.get_fragments())).row_groups
+def _shards_of_file(file: storage.StoredFile, spec: CorpusSpec, label_role: LabelRole) -> list[ShardRef]:
+    with storage.open_parquet(file.uri) as parquet:
+        columns.check_columns(_schema(parquet, file.uri), spec, label_role=label_role, uri=file.uri)
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    shards = []
     first_group = first_row = num_rows = num_bytes = 0
     for i, group in enumerate(groups):
         num_rows += group.num_rows
@@ -143,37 +162,77 @@ def _shards_of_file(file: storage.StoredFile, spec: CorpusSpec, label_role: Labe
         if num_bytes >= SHARD_BYTES or i + 1 == len(groups):
             span = (first_group, i + 1)
             key = hashlib.sha256(f"{file.uri}\0{file.version}\0{span}".encode()).hexdigest()[:16]
-            yield ShardRef(uri=file.uri, row_groups=span, first_row=first_row, num_rows=num_rows, key=key)
+            shards.append(ShardRef(uri=file.uri, row_groups=span, first_row=first_row, num_rows=num_rows, key=key))
             first_group, first_row, num_rows, num_bytes = i + 1, first_row + num_rows, 0, 0
+    return shards
+
+
+def _schema(parquet: pq.ParquetFile, uri: str) -> pa.Schema:
+    """The file's columns, and those that its directories stand for where the file has none of that name."""
+    schema = parquet.schema_arrow
+    for name in storage.hive_partitions(uri):
+        if name not in schema.names:
+            schema = schema.append(pa.field(name, pa.string()))
+    return schema
+
+
+def _has_rows(shard: ShardRef, spec: CorpusSpec) -> bool:
+    """Whether a row of the wanted split is there; reads that column alone, and no further than the first such row."""
+    return any(len(row_index) > 0 for row_index, _ in _batches(shard, spec, []))
 
 
 def _batches(
     shard: ShardRef, spec: CorpusSpec, names: list[str]
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
     """Batches of the wanted columns and split, with the position in the file of each row."""
+    where = f"{shard.uri} (row groups {shard.row_groups})"
+    wanted = [*names, spec.split_column] if spec.split_column and spec.split_column not in names else names
+    position = shard.first_row
     try:
-        dataset = storage.parquet_dataset(shard.uri)
-        fragment = next(iter(dataset.get_fragments())).subset(row_group_ids=list(range(*shard.row_groups)))
-        wanted = [*names, spec.split_column] if spec.split_column and spec.split_column not in names else names
-        position = shard.first_row
-        # small read-ahead: the defaults hold three times the memory at the same speed
-        for batch in fragment.to_batches(
-            schema=dataset.schema,
-            columns=wanted,
-            batch_size=BATCH_ROWS,
-            batch_readahead=2,
-            fragment_readahead=1,
-        ):
-            row_index = np.arange(position, position + batch.num_rows)
-            position += batch.num_rows
-            if spec.split_column is not None:
-                in_split = _in_split(batch.column(spec.split_column), spec)
-                row_index, batch = row_index[in_split], batch.filter(pa.array(in_split))  # noqa: PLW2901 - narrowed
-            yield row_index, batch.select(names)
+        with storage.open_parquet(shard.uri) as parquet:
+            for batch in _stored_batches(parquet, shard, wanted):
+                row_index = np.arange(position, position + batch.num_rows)
+                position += batch.num_rows
+                if spec.split_column is not None:
+                    in_split = _in_split(batch.column(spec.split_column), spec)
+                    row_index, batch = row_index[in_split], batch.filter(pa.array(in_split))  # noqa: PLW2901 - narrowed
+                yield row_index, batch.select(names)
     except (ConnectionError, TimeoutError) as error:
-        raise TransientError(f"{shard.uri}: {error or type(error).__name__}") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ShardError(f"{shard.uri} (row groups {shard.row_groups}): cannot be read: {error}") from error
+        raise TransientError(f"{shard.uri}: {str(error) or type(error).__name__}") from error
+    except (ConfigError, pa.ArrowException, OSError) as error:
+        raise ShardError(f"{where}: cannot be read: {error}") from error
+    if position != shard.first_row + shard.num_rows:
+        raise ShardError(
+            f"{where}: changed since it was planned: {shard.num_rows} rows then, {position - shard.first_row} now"
+        )
+
+
+def _stored_batches(parquet: pq.ParquetFile, shard: ShardRef, wanted: list[str]) -> Iterator[pa.RecordBatch]:
+    """The wanted columns in the order in which they are stored, hive partitions filled in."""
+    stored = parquet.schema_arrow.names
+    partitions = storage.hive_partitions(shard.uri)
+    missing = [name for name in wanted if name not in stored and name not in partitions]
+    groups = range(*shard.row_groups)
+    if missing or groups.stop > parquet.num_row_groups:
+        raise ShardError(
+            f"{shard.uri}: changed since it was planned: "
+            f"has columns {stored} and {parquet.num_row_groups} row groups, wanted {wanted} of {shard.row_groups}"
+        )
+    from_file = [name for name in wanted if name in stored]
+    batch_rows = _batch_rows(sum(parquet.metadata.row_group(i).total_byte_size for i in groups), shard.num_rows)
+    for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=list(groups), columns=from_file):
+        arrays = [
+            batch.column(name)
+            if name in from_file
+            else pa.repeat(pa.scalar(partitions[name], pa.string()), batch.num_rows)
+            for name in wanted
+        ]
+        yield pa.RecordBatch.from_arrays(arrays, wanted)
+
+
+def _batch_rows(num_bytes: int, num_rows: int) -> int:
+    """Rows of average size that fill a batch."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 
 def _in_split(column: pa.Array, spec: CorpusSpec) -> npt.NDArray[np.bool_]:

@@ -52,14 +52,17 @@ class ReliabilityBins:
 def task_metrics(
     task: TaskKind, target: ArrayLike, scores: ArrayLike, labels: Sequence[str], threshold: float = 0.5
 ) -> Metrics:
-    """Compute the metrics of a task; `labels` and `threshold` are read only where the task has them."""
+    """Compute the metrics of a task; `labels` and `threshold` are read only where the task has them.
+
+    Scores are [D, L] in every task: of a regression, one column of predicted values.
+    """
     match task:
         case "binary" | "multiclass":
             return classification_metrics(target, scores, labels)
         case "multilabel":
             return multilabel_metrics(target, scores, labels, threshold)
         case "regression":
-            return regression_metrics(target, scores)
+            return regression_metrics(target, np.asarray(scores)[:, 0])
 
 
 def classification_metrics(target_D: ArrayLike, scores_DL: ArrayLike, labels: Sequence[str]) -> Metrics:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import corpus as corpora
-from belt_tasks import encoder, scoring, storage, training_set
+from belt_tasks import encoder, progress, scoring, storage, training_set
 from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.publishing import RunRef, run_id_of
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, ScoreSpec, Spec, TaskKind, TrainSpec
@@ -161,6 +161,7 @@ def plan_evaluation(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec) ->
 def _run(output_uri: str, run_id: str) -> RunRef:
     output_uri = storage.absolute(output_uri)
     storage.check_writable(output_uri)
+    progress.go_on()  # an earlier run of this process may have been stopped
     return RunRef(output_uri=output_uri, run_id=run_id)
 
 
@@ -170,6 +171,8 @@ def _absolute_source(source: str) -> str:
 
 
 def _write_duplicates(run: RunRef, shards: Sequence[ShardRef], corpus: CorpusSpec) -> str | None:
+    if storage.exists(run.manifest_uri):  # the run is complete; its corpus is the same
+        return run.existing_duplicates_uri()
     duplicates = corpora.duplicate_rows(list(shards), corpus)
     if duplicates.num_rows > 0:
         storage.write_parquet(run.duplicates_uri, duplicates)

@@ -14,11 +14,13 @@ import polars_hash as plh
 
 from belt_tasks import corpus, progress, storage
 from belt_tasks.corpus import LabelRole, ShardRef
-from belt_tasks.receipts import Stopwatch
+from belt_tasks.receipts import Counts, Stopwatch
 from belt_tasks.specs import CorpusSpec
 from belt_tasks.tokens import DocumentTokenizer, Tokens
+from belt_tasks.windows import Windows
 
 BLOCK_TOKENS = 4_000_000
+ROW_TOKENS = 16  # a row takes memory however short its text is, and so does a rejected one: it counts as this many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +74,9 @@ def token_blocks(
                 fingerprints = content_fingerprints(batch.good["text"])
                 documents.append(batch.good.drop("text").with_columns(content_fingerprint=fingerprints))
             rejected.append(batch.rejected)
-            num_tokens += len(tokens[-1].input_ids_T)
-            progress.advance("tokenize", len(batch.good) + len(batch.rejected))
+            num_rows = len(batch.good) + len(batch.rejected)
+            num_tokens += len(tokens[-1].input_ids_T) + ROW_TOKENS * num_rows
+            progress.advance("tokenize", num_rows)
         if documents and (batch is None or num_tokens >= BLOCK_TOKENS):
             yield TokenBlock(
                 documents=pl.concat(documents),
@@ -101,3 +104,14 @@ def content_fingerprints(texts: pl.Series | Sequence[str]) -> pl.Series:
 def document_seeds(content_fingerprints_D: pl.Series) -> npt.NDArray[np.int64]:
     """The first 60 bits of each fingerprint."""
     return content_fingerprints_D.str.slice(0, 15).str.to_integer(base=16, dtype=pl.Int64).to_numpy()
+
+
+def count(windows: Windows, tokens: Tokens) -> Counts:
+    """The documents, chunks and tokens of one block."""
+    return Counts(
+        num_documents=len(tokens.num_tokens_D),
+        num_chunks=windows.num_chunks,
+        num_tokens=len(tokens.input_ids_T),
+        num_tokens_scored=int(windows.new_tokens_C().sum()),
+        num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
+    )

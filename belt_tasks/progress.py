@@ -1,15 +1,30 @@
-"""Progress: stages say how far they are; whoever runs them may listen. A stage never knows who does."""
+"""Progress: stages say how far they are; whoever runs them may listen. A stage never knows who does.
 
+A report is also where a stage that runs in a thread can be stopped, since nothing else can interrupt a thread.
+"""
+
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Listener = Callable[[str, int, int | None], None]
 
 _listeners: list[Listener] = []
+_stopping = threading.Event()
+
+
+class StoppedError(Exception):
+    """Whoever runs the stage wants it to end; what is finished is kept."""
 
 
 def advance(stage: str, num_done: int, *, num_more: int | None = None) -> None:
-    """Report that `num_done` more units of `stage` are done, and that `num_more` more units were found to do."""
+    """Report that `num_done` more units of `stage` are done, and that `num_more` more units were found to do.
+
+    Raises:
+        StoppedError: `stop` was called, and this is not the main thread.
+    """
+    if _stopping.is_set() and threading.current_thread() is not threading.main_thread():
+        raise StoppedError(f"{stage}: stopped before its end")
     for listener in _listeners:
         listener(stage, num_done, num_more)
 
@@ -22,3 +37,13 @@ def listen(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listeners.remove(listener)
+
+
+def stop() -> None:
+    """End every stage that runs in a thread of this process at its next report; signals reach the main thread."""
+    _stopping.set()
+
+
+def go_on() -> None:
+    """Take `stop` back, for the next run in this process."""
+    _stopping.clear()

@@ -8,8 +8,6 @@ from typing import Self
 from pydantic import Field
 
 from belt_tasks.specs import Spec
-from belt_tasks.tokens import Tokens
-from belt_tasks.windows import Windows
 
 
 class FileReceipt(Spec):
@@ -41,17 +39,6 @@ class Counts(Spec):
     tokenize_s: float = 0.0
     encode_s: float = 0.0
     write_s: float = 0.0
-
-    @classmethod
-    def of_windows(cls, windows: Windows, tokens: Tokens) -> Self:
-        """The documents, chunks and tokens of one block."""
-        return cls(
-            num_documents=len(tokens.num_tokens_D),
-            num_chunks=windows.num_chunks,
-            num_tokens=len(tokens.input_ids_T),
-            num_tokens_scored=int(windows.new_tokens_C().sum()),
-            num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
-        )
 
     def __add__(self, other: Self) -> "Counts":
         """Both together."""

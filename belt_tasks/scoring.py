@@ -216,7 +216,7 @@ def score_shard(
                 )
                 writer.write(good)
                 writer.reject(bad)
-            counts += Counts.of_windows(windows, block.tokens).model_copy(update={"num_documents": good.num_rows})
+            counts += prepare.count(windows, block.tokens).model_copy(update={"num_documents": good.num_rows})
     return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
 
 

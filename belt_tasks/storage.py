@@ -10,17 +10,21 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from belt_tasks.errors import ConfigError, TransientError
+
+READ_BUFFER_BYTES = 2**20
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class StoredFile:
 
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a URI."""
-    return "/".join([uri.rstrip("/") or "/", *parts])
+    return "/".join([uri.removesuffix("/") if uri.endswith("://") else uri.rstrip("/"), *parts])
 
 
 def list_files(uri: str, *, suffix: str) -> list[StoredFile]:
@@ -62,7 +66,7 @@ def list_files(uri: str, *, suffix: str) -> list[StoredFile]:
     files = [
         StoredFile(uri=filesystem.unstrip_protocol(name), num_bytes=info["size"], version=_version(info))
         for name, info in sorted(found.items())
-        if info["type"] == "file"
+        if info["type"] != "directory"
     ]
     if not files:
         raise ConfigError(f"{uri}: no {suffix} files there")
@@ -96,15 +100,19 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 @contextmanager
 def parquet_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer whose object appears when the block ends well, and never when it raises."""
+    """A writer whose object appears when the block ends well, and never when it raises.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     filesystem, path = _resolve(uri)
     local = isinstance(filesystem, LocalFileSystem)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(path) if local else Path(folder) / "table.parquet"
-        with (
-            _local_replacement(target) as temporary,
-            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
-        ):
+        with ExitStack() as stack:
+            with _storage_errors(f"write {uri}"):
+                temporary = stack.enter_context(_local_replacement(target))
+                writer = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
             yield writer
         if not local:
             with _storage_errors(f"write {uri}"):
@@ -125,18 +133,26 @@ def read_parquet(uri: str, *, columns: list[str] | None = None) -> pa.Table:
             return pq.ParquetFile(file).read(columns=columns)
 
 
-def parquet_dataset(uri: str) -> ds.FileSystemDataset:
-    """One Parquet file as a dataset, its hive partition columns (`.../key=value/...`) included.
+@contextmanager
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to read from, page by page: a row group is never whole in memory.
 
     Raises:
-        ConfigError: it is not a Parquet file, or cannot be read.
+        ConfigError: it is not a Parquet file, or cannot be opened.
     """
-    with _storage_errors(f"read {uri}"):
-        filesystem, path = _resolve(uri)
-        try:
-            return ds.dataset([path], filesystem=filesystem, format="parquet", partitioning="hive")
-        except pa.ArrowInvalid as error:
-            raise ConfigError(f"{uri}: not a readable Parquet file ({error})") from error
+    with ExitStack() as stack:
+        with _storage_errors(f"read {uri}"):
+            filesystem, path = _resolve(uri)
+            local = isinstance(filesystem, LocalFileSystem)
+            source = stack.enter_context(pa.OSFile(path) if local else filesystem.open(path, "rb"))
+            file = stack.enter_context(pq.ParquetFile(source, buffer_size=READ_BUFFER_BYTES, pre_buffer=False))
+        yield file
+
+
+def hive_partitions(uri: str) -> dict[str, str | None]:
+    """The columns that a file's directories stand for (`.../key=value/...`), as strings: 01 stays 01."""
+    parts = [folder.partition("=") for folder in uri.split("/")[:-1] if "=" in folder]
+    return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, _, value in parts}
 
 
 def put_directory(local: Path, uri: str, *, last: str) -> None:
@@ -223,7 +239,8 @@ def _version(info: dict[str, object]) -> str:
         if info.get(key):
             return str(info[key])
     changed = info.get("mtime") or info.get("LastModified") or info.get("created")
-    return f"{info['size']}-{changed}"
+    # one store may say the same time as a number or a date
+    return f"{info['size']}-{changed.timestamp() if isinstance(changed, datetime) else changed}"
 
 
 def _is_hidden(relative: str) -> bool:
@@ -257,8 +274,10 @@ def _storage_errors(action: str) -> Iterator[None]:
     try:
         yield
     except (ConnectionError, TimeoutError) as error:
-        raise TransientError(f"cannot {action}: {error or type(error).__name__}") from error
+        raise TransientError(f"cannot {action}: {str(error) or type(error).__name__}") from error
     except FileNotFoundError as error:
         raise ConfigError(f"cannot {action}: no such file or directory") from error
     except OSError as error:
         raise ConfigError(f"cannot {action}: {error.strerror or error}") from error
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"cannot {action}: not a Parquet file ({error})") from error

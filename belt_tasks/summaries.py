@@ -1,5 +1,6 @@
 """Summaries: what a run did, as Markdown for people. The same text is a Prefect artifact and the CLI's last words."""
 
+from datetime import datetime
 from typing import Any
 
 from belt_tasks import storage
@@ -25,9 +26,15 @@ SHOWN_METRICS = {
 }
 
 
-def run_summary(manifest: Manifest, *, reused: bool = False) -> str:
-    """Counts, rejected rows with reasons, cost by stage, and where everything is."""
+def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
+    """Counts, rejected rows with reasons, cost by stage, and where everything is.
+
+    Args:
+        manifest: of the run.
+        asked_at: when the caller asked for it; a run that had finished before was not done again.
+    """
     run = manifest.run
+    reused = datetime.fromisoformat(run["finished_at"]) < asked_at
     lines = [
         f"## {run['flow']}: {run['num_documents']:,} documents, run {run['run_id']}",
         "",
@@ -102,8 +109,8 @@ def evaluation_summary(receipt: EvaluationReceipt) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table; `|` in a cell is escaped."""
-    shown = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    """A Markdown table; `|` in a cell is escaped, and a line break becomes a space."""
+    shown = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *shown]]
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 from rich.text import Text
 
 from belt_tasks import encoder as encoders
@@ -14,7 +15,7 @@ from belt_tasks.specs import ChunkSpec
 from belt_tasks.tokens import load_tokenizer
 from belt_tasks.windows import chunk_windows
 
-BAR_WIDTH = 30
+BAR_WIDTH = 20
 SHOWN_CHARACTERS = 24
 
 
@@ -29,8 +30,10 @@ def window_table(file: Path, encoder: str | None, spec: ChunkSpec) -> tuple[Tabl
     """
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: must be UTF-8, but byte {error.start} is not") from error
     source = str(demo_encoder()) if encoder is None else encoder
     tokenizer = load_tokenizer(source)
     encoders.check_chunk_size(spec, tokenizer.special, encoders.num_positions_of_source(source), source=source)
@@ -38,13 +41,21 @@ def window_table(file: Path, encoder: str | None, spec: ChunkSpec) -> tuple[Tabl
     seeds_D = document_seeds(content_fingerprints([text]))
     windows = chunk_windows(tokens.num_tokens_D, spec, document_seed_D=seeds_D)
     num_tokens = len(tokens.input_ids_T)
-    table = Table("chunk", "tokens [start, stop)", "characters", "where in the document", "begins", "ends")
+    table = Table(
+        Column("chunk", justify="right"),
+        Column("tokens", no_wrap=True),
+        Column("characters", no_wrap=True),
+        Column("where in the text", no_wrap=True, min_width=BAR_WIDTH),
+        Column("begins", no_wrap=True),
+        Column("ends", no_wrap=True),
+        box=SIMPLE_HEAD,
+    )
     for index, start, stop in zip(windows.chunk_index_C, windows.start_C, windows.stop_C, strict=True):
         first = int(tokens.start_char_T[start]) if stop > start else 0
         last = int(tokens.stop_char_T[stop - 1]) if stop > start else 0
         table.add_row(
             str(index),
-            f"[{start}, {stop})  {stop - start}",
+            f"[{start}, {stop})",
             f"[{first}, {last})",
             _bar(start, stop, num_tokens),
             Text(_line(text[first : min(first + SHOWN_CHARACTERS, last)])),

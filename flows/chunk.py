@@ -31,7 +31,6 @@ def chunk(
     started_at = datetime.now(UTC)
     plan = tasks.plan_chunking(corpus_uri, encoder, output_uri, corpus, chunks)
     manifest = tasks.republish(plan.run)
-    reused = manifest is not None
     if manifest is None:
         receipts = tasks.gather(
             tasks.chunk_shard.map(
@@ -45,5 +44,5 @@ def chunk(
         )
         row = {"flow": "chunk", "corpus_uri": corpus_uri, "spec": chunks.model_dump_json()}
         manifest = tasks.publish(plan.run, receipts, row=row, labels=(), started_at=started_at)
-    create_markdown_artifact(summaries.run_summary(manifest, reused=reused), key="chunk-summary")
+    create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="chunk-summary")
     return manifest

@@ -4,19 +4,60 @@ Exit codes: 0 done, 1 failed, 2 wrong usage. A user's mistake never shows a trac
 """
 
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import pydantic
 import rich.markdown
 import typer
-import yaml
 from rich.console import Console
 
 from belt_tasks import progress, specs
 from belt_tasks.errors import BeltError
+from flows.options import (
+    Checkpoint,
+    ChunkConfig,
+    ChunkSeed,
+    ChunkSize,
+    Config,
+    Corpus,
+    Device,
+    DropContainedTail,
+    Encoder,
+    IdColumn,
+    LabelColumn,
+    MaxBatchTokens,
+    MaximalTextLength,
+    MinimalChunkLength,
+    NumRandomChunks,
+    Output,
+    OwnChunkSeed,
+    OwnChunkSize,
+    OwnDropContainedTail,
+    OwnMaximalTextLength,
+    OwnMinimalChunkLength,
+    OwnNumRandomChunks,
+    OwnPoolingSpace,
+    OwnPoolingStrategy,
+    OwnSelection,
+    OwnStride,
+    PoolingSpace,
+    PoolingStrategy,
+    Selection,
+    Split,
+    SplitColumn,
+    Stride,
+    TextColumn,
+    Threshold,
+    WrongUsageError,
+    build,
+    option,
+    read_config,
+)
 from flows.progress_bars import ProgressBars
 
 app = typer.Typer(
@@ -27,46 +68,6 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-SpecT = TypeVar("SpecT", bound=specs.Spec)
-
-
-def _option(spec: type[specs.Spec], field: str) -> Any:  # noqa: ANN401 - typer's option is untyped
-    """An option named after a spec's field and explained by its docstring."""
-    default = spec.model_fields[field].get_default(call_default_factory=True)
-    shown = "" if default is None else f" [default: {default}]"
-    return typer.Option(help=f"{spec.model_fields[field].description}{shown}", show_default=False)
-
-
-Corpus = Annotated[str, typer.Argument(help="A Parquet file, a directory of them or a glob; any fsspec URL.")]
-Output = Annotated[str, typer.Option(help="Directory for the run and the published manifest; any fsspec URL.")]
-Checkpoint = Annotated[
-    str,
-    typer.Option(help="Output of `belt fine-tune`, a checkpoint in it, or a finished Hugging Face classifier."),
-]
-Encoder = Annotated[str, typer.Option(help="Local directory or Hugging Face name of an encoder.")]
-Config = Annotated[
-    Path | None, typer.Option(help="YAML file with the flow's specs (corpus, spec or chunks); options override it.")
-]
-
-IdColumn = Annotated[str | None, _option(specs.CorpusSpec, "id_column")]
-TextColumn = Annotated[str | None, _option(specs.CorpusSpec, "text_column")]
-LabelColumn = Annotated[str | None, _option(specs.CorpusSpec, "label_column")]
-SplitColumn = Annotated[str | None, _option(specs.CorpusSpec, "split_column")]
-Split = Annotated[str | None, _option(specs.CorpusSpec, "split")]
-
-ChunkSize = Annotated[int | None, _option(specs.ChunkSpec, "chunk_size")]
-Stride = Annotated[int | None, _option(specs.ChunkSpec, "stride")]
-MinimalChunkLength = Annotated[int | None, _option(specs.ChunkSpec, "minimal_chunk_length")]
-MaximalTextLength = Annotated[int | None, _option(specs.ChunkSpec, "maximal_text_length")]
-DropContainedTail = Annotated[bool | None, _option(specs.ChunkSpec, "drop_contained_tail")]
-Selection = Annotated[str | None, _option(specs.ChunkSpec, "selection")]
-NumRandomChunks = Annotated[int | None, _option(specs.ChunkSpec, "num_random_chunks")]
-PoolingStrategy = Annotated[str | None, _option(specs.PoolingSpec, "pooling_strategy")]
-PoolingSpace = Annotated[str | None, _option(specs.PoolingSpec, "pooling_space")]
-MaxBatchTokens = Annotated[int | None, _option(specs.BatchSpec, "max_batch_tokens")]
-Device = Annotated[str | None, _option(specs.ScoreSpec, "device")]
-Threshold = Annotated[float | None, _option(specs.ScoreSpec, "threshold")]
 
 
 @app.callback()
@@ -93,21 +94,22 @@ def score(
     text_column: TextColumn = None,
     split_column: SplitColumn = None,
     split: Split = None,
-    chunk_size: ChunkSize = None,
-    stride: Stride = None,
-    minimal_chunk_length: MinimalChunkLength = None,
-    maximal_text_length: MaximalTextLength = None,
-    drop_contained_tail: DropContainedTail = None,
-    selection: Selection = None,
-    num_random_chunks: NumRandomChunks = None,
-    pooling_strategy: PoolingStrategy = None,
-    pooling_space: PoolingSpace = None,
+    chunk_size: OwnChunkSize = None,
+    stride: OwnStride = None,
+    minimal_chunk_length: OwnMinimalChunkLength = None,
+    maximal_text_length: OwnMaximalTextLength = None,
+    drop_contained_tail: OwnDropContainedTail = None,
+    selection: OwnSelection = None,
+    num_random_chunks: OwnNumRandomChunks = None,
+    seed: OwnChunkSeed = None,
+    pooling_strategy: OwnPoolingStrategy = None,
+    pooling_space: OwnPoolingSpace = None,
     max_batch_tokens: MaxBatchTokens = None,
     device: Device = None,
     threshold: Threshold = None,
 ) -> None:
     """Score every document of CORPUS and publish the predictions. Windows and pooling default to the checkpoint's."""
-    options = dict(locals())
+    options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors(), _progress():
         columns, spec = _score_specs(options)
         from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
@@ -115,7 +117,7 @@ def score(
         manifest = flow(corpus, checkpoint, output, columns, spec)
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest))
+    _print(summaries.run_summary(manifest, asked_at=asked_at))
 
 
 @app.command()
@@ -129,21 +131,22 @@ def evaluate(
     label_column: LabelColumn = None,
     split_column: SplitColumn = None,
     split: Split = None,
-    chunk_size: ChunkSize = None,
-    stride: Stride = None,
-    minimal_chunk_length: MinimalChunkLength = None,
-    maximal_text_length: MaximalTextLength = None,
-    drop_contained_tail: DropContainedTail = None,
-    selection: Selection = None,
-    num_random_chunks: NumRandomChunks = None,
-    pooling_strategy: PoolingStrategy = None,
-    pooling_space: PoolingSpace = None,
+    chunk_size: OwnChunkSize = None,
+    stride: OwnStride = None,
+    minimal_chunk_length: OwnMinimalChunkLength = None,
+    maximal_text_length: OwnMaximalTextLength = None,
+    drop_contained_tail: OwnDropContainedTail = None,
+    selection: OwnSelection = None,
+    num_random_chunks: OwnNumRandomChunks = None,
+    seed: OwnChunkSeed = None,
+    pooling_strategy: OwnPoolingStrategy = None,
+    pooling_space: OwnPoolingSpace = None,
     max_batch_tokens: MaxBatchTokens = None,
     device: Device = None,
     threshold: Threshold = None,
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
-    options = dict(locals())
+    options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors(), _progress():
         columns, spec = _score_specs(options)
         from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
@@ -151,7 +154,7 @@ def evaluate(
         manifest, receipt = flow(corpus, checkpoint, output, columns, spec)
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest), summaries.evaluation_summary(receipt))
+    _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
 
 
 @app.command()
@@ -165,7 +168,7 @@ def fine_tune(
     label_column: LabelColumn = None,
     split_column: SplitColumn = None,
     split: Split = None,
-    task: Annotated[str | None, _option(specs.TrainSpec, "task")] = None,
+    task: Annotated[str | None, option(specs.TrainSpec, "task")] = None,
     chunk_size: ChunkSize = None,
     stride: Stride = None,
     minimal_chunk_length: MinimalChunkLength = None,
@@ -177,30 +180,31 @@ def fine_tune(
     pooling_space: PoolingSpace = None,
     max_batch_tokens: MaxBatchTokens = None,
     device: Device = None,
-    epochs: Annotated[int | None, _option(specs.TrainSpec, "epochs")] = None,
-    learning_rate: Annotated[float | None, _option(specs.TrainSpec, "learning_rate")] = None,
-    weight_decay: Annotated[float | None, _option(specs.TrainSpec, "weight_decay")] = None,
-    schedule: Annotated[str | None, _option(specs.TrainSpec, "schedule")] = None,
-    warmup_fraction: Annotated[float | None, _option(specs.TrainSpec, "warmup_fraction")] = None,
-    documents_per_batch: Annotated[int | None, _option(specs.TrainSpec, "documents_per_batch")] = None,
-    accumulation_steps: Annotated[int | None, _option(specs.TrainSpec, "accumulation_steps")] = None,
-    max_grad_norm: Annotated[float | None, _option(specs.TrainSpec, "max_grad_norm")] = None,
-    dropout: Annotated[float | None, _option(specs.TrainSpec, "dropout")] = None,
-    precision: Annotated[str | None, _option(specs.TrainSpec, "precision")] = None,
-    validation_fraction: Annotated[float | None, _option(specs.TrainSpec, "validation_fraction")] = None,
-    seed: Annotated[int | None, _option(specs.TrainSpec, "seed")] = None,
+    epochs: Annotated[str | None, option(specs.TrainSpec, "epochs")] = None,
+    learning_rate: Annotated[str | None, option(specs.TrainSpec, "learning_rate")] = None,
+    weight_decay: Annotated[str | None, option(specs.TrainSpec, "weight_decay")] = None,
+    schedule: Annotated[str | None, option(specs.TrainSpec, "schedule")] = None,
+    warmup_fraction: Annotated[str | None, option(specs.TrainSpec, "warmup_fraction")] = None,
+    documents_per_batch: Annotated[str | None, option(specs.TrainSpec, "documents_per_batch")] = None,
+    accumulation_steps: Annotated[str | None, option(specs.TrainSpec, "accumulation_steps")] = None,
+    max_grad_norm: Annotated[str | None, option(specs.TrainSpec, "max_grad_norm")] = None,
+    dropout: Annotated[str | None, option(specs.TrainSpec, "dropout")] = None,
+    precision: Annotated[str | None, option(specs.TrainSpec, "precision")] = None,
+    validation_fraction: Annotated[str | None, option(specs.TrainSpec, "validation_fraction")] = None,
+    seed: Annotated[str | None, option(specs.TrainSpec, "seed")] = None,
 ) -> None:
     """Fine-tune an encoder on a labelled CORPUS; the gradient flows through the pooling, in fixed memory."""
-    options = dict(locals())
+    options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors(), _progress():
-        columns = _build(specs.CorpusSpec, options, section="corpus")
-        spec = _build(specs.TrainSpec, options, section="spec")
+        sections = read_config(config, sections=("corpus", "spec"))
+        columns = build(specs.CorpusSpec, options, sections, section="corpus")
+        spec = build(specs.TrainSpec, options, sections, section="spec")
         from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set
 
         manifest, receipt = flow(corpus, encoder, output, columns, spec)
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest), summaries.fine_tuning_summary(receipt))
+    _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.fine_tuning_summary(receipt))
 
 
 @app.command()
@@ -208,7 +212,7 @@ def chunk(
     corpus: Corpus,
     encoder: Encoder,
     output: Output,
-    config: Config = None,
+    config: ChunkConfig = None,
     id_column: IdColumn = None,
     text_column: TextColumn = None,
     split_column: SplitColumn = None,
@@ -220,18 +224,20 @@ def chunk(
     drop_contained_tail: DropContainedTail = None,
     selection: Selection = None,
     num_random_chunks: NumRandomChunks = None,
+    seed: ChunkSeed = None,
 ) -> None:
     """Write the chunk table of CORPUS: one row of token ids per window, as Parquet."""
-    options = dict(locals())
+    options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors(), _progress():
-        columns = _build(specs.CorpusSpec, options, section="corpus")
-        chunks = _build(specs.ChunkSpec, options, section="chunks")
+        sections = read_config(config, sections=("corpus", "chunks"))
+        columns = build(specs.CorpusSpec, options, sections, section="corpus")
+        chunks = build(specs.ChunkSpec, options, sections, section="chunks")
         from flows.chunk import chunk as flow  # noqa: PLC0415 - after the environment is set
 
         manifest = flow(corpus, encoder, output, columns, chunks)
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest))
+    _print(summaries.run_summary(manifest, asked_at=asked_at))
 
 
 @app.command()
@@ -247,11 +253,12 @@ def windows(
     drop_contained_tail: DropContainedTail = None,
     selection: Selection = None,
     num_random_chunks: NumRandomChunks = None,
+    seed: ChunkSeed = None,
 ) -> None:
     """Show how a text is cut: tokens, characters and first words of every chunk. For learning the parameters."""
-    options = {**locals(), "config": None}
+    options = dict(locals())
     with _user_errors():
-        spec = _build(specs.ChunkSpec, options, section="chunks")
+        spec = build(specs.ChunkSpec, options, {}, section="chunks")
         from belt_tasks.window_table import window_table  # noqa: PLC0415 - imports transformers
 
         table, totals = window_table(file, encoder, spec)
@@ -264,6 +271,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Directory for the corpus and all results.")] = ".belt/demo",
 ) -> None:
     """Run everything on real text that every machine has: the docstrings of the installed libraries."""
+    asked_at = datetime.now(UTC)
     with _user_errors(), _progress():
         from flows.demo import demo as flow  # noqa: PLC0415 - after the environment is set
 
@@ -271,68 +279,37 @@ def demo(
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(
-        summaries.run_summary(result.fine_tuning_run),
+        summaries.run_summary(result.fine_tuning_run, asked_at=asked_at),
         summaries.fine_tuning_summary(result.fine_tuning),
         summaries.evaluation_summary(result.evaluation),
-        summaries.run_summary(result.scoring_run),
+        summaries.run_summary(result.scoring_run, asked_at=asked_at),
         summaries.read_back_summary(result.read_back),
     )
 
 
 def main() -> None:
     """Entry point of the `belt` command."""
-    app()
+    # a terminated process leaves as any other does, so that Prefect's local server goes with it
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        app()
+    except Exception as error:
+        if "--verbose" in sys.argv:
+            raise
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        _complain(f"unexpected {words} (run `belt --verbose ...` for the traceback)")
+        sys.exit(1)
 
 
 def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec]:
     """Specs for scoring; single window or pooling options change the checkpoint's, not the built-in defaults."""
+    sections = read_config(options["config"], sections=("corpus", "spec"))
+    columns = build(specs.CorpusSpec, options, sections, section="corpus")
     from belt_tasks import checkpoint  # noqa: PLC0415 - imports torch
 
-    columns = _build(specs.CorpusSpec, options, section="corpus")
     card = checkpoint.read_card(checkpoint.resolve(options["checkpoint"]))
     base = {} if card is None else {"chunks": card.chunks.model_dump(), "pooling": card.pooling.model_dump()}
-    return columns, _build(specs.ScoreSpec, options, section="spec", base=base)
-
-
-def _build(
-    spec: type[SpecT], options: dict[str, Any], *, section: str, base: dict[str, dict[str, Any]] | None = None
-) -> SpecT:
-    """A spec from the config file's section and the options that were given, which win.
-
-    `base` holds, for a nested spec, what its options change where the config file does not give it.
-    """
-    values = _read_config(options["config"]).get(section) or {}
-    for name, field in spec.model_fields.items():
-        nested = _nested_spec(field.annotation)
-        if nested is None:
-            if options.get(name) is not None:
-                values[name] = options[name]
-            continue
-        given = {inner: options[inner] for inner in nested.model_fields if options.get(inner) is not None}
-        if given:
-            values[name] = {**(values.get(name) or (base or {}).get(name, {})), **given}
-    return spec.model_validate(values)
-
-
-def _nested_spec(annotation: Any) -> type[specs.Spec] | None:  # noqa: ANN401 - any annotation
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, specs.Spec):
-            return candidate
-    return None
-
-
-def _read_config(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"--config {path}: {error}") from error
-    allowed = ("corpus", "spec", "chunks")
-    unknown = sorted(set(content) - set(allowed)) if isinstance(content, dict) else [content]
-    if unknown or not all(isinstance(value, dict | None) for value in content.values()):
-        raise typer.BadParameter(f"--config {path}: must hold the sections {', '.join(allowed)}, got {content!r}")
-    return content
+    return columns, build(specs.ScoreSpec, options, sections, section="spec", base=base)
 
 
 @contextmanager
@@ -340,27 +317,21 @@ def _user_errors() -> Iterator[None]:
     """Say what is wrong in words, and leave with the right exit code."""
     try:
         yield
-    except pydantic.ValidationError as error:
-        for problem in error.errors():
-            errors.print(f"[red]Error:[/red] {_worded(problem)}", markup=True)
+    except WrongUsageError as error:
+        for line in str(error).split("\n"):
+            _complain(line)
         raise typer.Exit(2) from None
     except BeltError as error:
-        for line in str(error).split("\n"):
-            errors.print("[red]Error:[/red]", end=" ")
-            errors.print(line, markup=False)
+        _complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         errors.print("Interrupted. Finished shards are kept; run the same command again to go on.")
         raise typer.Exit(130) from None
 
 
-def _worded(problem: Any) -> str:  # noqa: ANN401 - pydantic's error dictionary
-    names = [str(part) for part in problem["loc"] if isinstance(part, str)]
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "value_error" or not names:
-        return message
-    option = "--" + names[-1].replace("_", "-")
-    return f"{option}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+def _complain(message: str) -> None:
+    errors.print("[red]Error:[/red]", end=" ")
+    errors.print(message, markup=False)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Score a labelled corpus and compare the predictions with its labels."""
 
+from datetime import UTC, datetime
+
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
@@ -20,10 +22,12 @@ def evaluate(
     spec: ScoreSpec = ScoreSpec(),
 ) -> tuple[Manifest, EvaluationReceipt]:
     """Measure how good a checkpoint is on a labelled corpus; parameters are those of `score`."""
+    asked_at = datetime.now(UTC)
     plan = tasks.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
     manifest = score(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
     receipt = tasks.evaluate_run(plan, corpus, manifest)
     create_markdown_artifact(
-        summaries.run_summary(manifest) + "\n" + summaries.evaluation_summary(receipt), key="evaluate-summary"
+        summaries.run_summary(manifest, asked_at=asked_at) + "\n" + summaries.evaluation_summary(receipt),
+        key="evaluate-summary",
     )
     return manifest, receipt

@@ -32,7 +32,6 @@ def fine_tune(
     started_at = datetime.now(UTC)
     plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
     manifest = tasks.republish(plan.run)
-    reused = manifest is not None
     if manifest is None:
         receipts = tasks.gather(
             tasks.prepare_shard.map(
@@ -63,7 +62,7 @@ def fine_tune(
     else:
         trained = tasks.read_fine_tuning_receipt(plan.run)
     create_markdown_artifact(
-        summaries.run_summary(manifest, reused=reused) + "\n" + summaries.fine_tuning_summary(trained),
+        summaries.run_summary(manifest, asked_at=started_at) + "\n" + summaries.fine_tuning_summary(trained),
         key="fine-tune-summary",
     )
     return manifest, trained

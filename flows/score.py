@@ -31,7 +31,6 @@ def score(
     started_at = datetime.now(UTC)
     plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
     manifest = tasks.republish(plan.run)
-    reused = manifest is not None
     if manifest is None:
         receipts = tasks.gather(
             tasks.score_shard.map(
@@ -59,5 +58,5 @@ def score(
             labels=plan.labels,
             started_at=started_at,
         )
-    create_markdown_artifact(summaries.run_summary(manifest, reused=reused), key="score-summary")
+    create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="score-summary")
     return manifest

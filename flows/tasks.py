@@ -5,6 +5,7 @@ receipt: nothing here is worth caching or persisting, since a stage finds its ow
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import task
@@ -14,13 +15,14 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task
 
-from belt_tasks import chunks, demo, evaluation, fine_tuning, planning, publishing, scoring, training_set
+from belt_tasks import chunks, demo, evaluation, fine_tuning, planning, progress, publishing, scoring, training_set
 from belt_tasks.errors import ShardError, TransientError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 RETRY_DELAYS_S = [2.0, 10.0, 60.0]
+POLL_S = 1.0
 
 # a model already uses all cores or the GPU
 one_worker = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=1))
@@ -70,7 +72,11 @@ def gather(futures: Sequence[PrefectFuture[R]]) -> list[R]:
             the next attempt.
         Exception: whatever else a shard raised.
     """
-    results = [future.result(raise_on_failure=False) for future in futures]
+    try:
+        results = [_result(future) for future in futures]
+    except BaseException:  # Ctrl-C, or the run is cancelled: the flow ends when the running shards have
+        progress.stop()
+        raise
     failed = [result for result in results if isinstance(result, BaseException)]
     other = next((error for error in failed if not isinstance(error, ShardError)), None)
     if other is not None:
@@ -82,3 +88,10 @@ def gather(futures: Sequence[PrefectFuture[R]]) -> list[R]:
             f"next attempt:\n{reasons}"
         )
     return results
+
+
+def _result(future: PrefectFuture[R]) -> Any:  # noqa: ANN401 - R, or the error that was raised instead
+    """Wait in short steps: where a signal arrives in another thread, the main thread sees it between two of them."""
+    while True:
+        with suppress(TimeoutError):
+            return future.result(timeout=POLL_S, raise_on_failure=False)

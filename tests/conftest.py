@@ -11,6 +11,8 @@ os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+# tiny models gain nothing from threads, and lose a lot where threads wait for each other on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import polars as pl
@@ -191,6 +193,28 @@ def tiny_encoder(tiny_encoders) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_encoder, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved checkpoint: the tiny BERT, three classes, chunks of 30 tokens."""
+    from belt_tasks import checkpoint, encoder
+    from belt_tasks.specs import ChunkSpec, Head, PoolingSpec
+
+    torch.manual_seed(1)
+    uri = str(tmp_path_factory.mktemp("checkpoint"))
+    checkpoint.save_checkpoint(
+        encoder.ChunkModel(encoder.load_body(tiny_encoder), num_logits=3, pooling=PoolingSpec()),
+        uri,
+        tokenizer_source=str(tiny_encoder),
+        head=Head(task="multiclass", labels=("ham", "other", "spam")),
+        chunks=ChunkSpec(chunk_size=30, stride=30),
+        pooling=PoolingSpec(),
+        data_fingerprint="0" * 64,
+        metrics={},
+        training={},
+    )
+    return uri
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2."""
     from belt_tasks.demo import demo_encoder
@@ -222,5 +246,6 @@ def labelled_rows(num_documents: int, *, seed: int = 0, most_words: int = 120) -
     for i in range(num_documents):
         label = ["fox", "window"][i % 2]
         text = words(int(rng.integers(0, most_words)), seed=seed * 1000 + i)
-        rows.append((f"doc-{i:04d}", f"{label} {text}", label, "test" if i % 5 == 0 else "train"))
+        text = " ".join([label, *(f"{word} {label}" for word in text.split())])
+        rows.append((f"doc-{i:04d}", text, label, "test" if i % 5 == 0 else "train"))
     return pl.DataFrame(rows, schema=["doc_id", "text", "label", "split"], orient="row")

@@ -130,7 +130,7 @@ def their_special_ids(monkeypatch):
     monkeypatch.setattr(belt_nlp.splitting, "add_special_tokens_at_beginning_and_end", add)
 
 
-def twins(encoder, *, strategy, num_labels, learning_rate=1e-3, epochs=1, batch_size=2, accumulation_steps=1):
+def twins(encoder, *, strategy, num_labels, learning_rate=1e-4, epochs=1, batch_size=2, accumulation_steps=1):
     """belt-nlp's model and belt's trainer over the same weights."""
     torch.manual_seed(3)
     network = BertNN(AutoModel.from_pretrained(encoder, dtype=torch.float32), num_labels)

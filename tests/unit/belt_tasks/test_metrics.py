@@ -361,7 +361,7 @@ def test_each_task_has_its_metrics() -> None:
     assert task_metrics("multiclass", [0, 1], scores_DL, labels) == classes
     expected = multilabel_metrics(target_DL, scores_DL, labels, 0.9)
     assert task_metrics("multilabel", target_DL, scores_DL, labels, 0.9) == expected
-    assert task_metrics("regression", [1.0, 2.0], [1.0, 3.0], []) == regression_metrics([1.0, 2.0], [1.0, 3.0])
+    assert task_metrics("regression", [1.0, 2.0], [[1.0], [3.0]], []) == regression_metrics([1.0, 2.0], [1.0, 3.0])
 
 
 HALF = [[0.5, 0.5], [0.5, 0.5]]

@@ -1,0 +1,163 @@
+"""`belt` with real flows: what it says when all is well, and when a user's paths or parameters are wrong."""
+
+import os
+import re
+from pathlib import Path
+from unittest import mock
+
+import polars as pl
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from belt_tasks import publishing
+from belt_tasks.specs import ChunkSpec, PoolingSpec, ScoreSpec, TrainSpec
+from flows import cli
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    with mock.patch.dict(os.environ, {"COLUMNS": "200"}):
+        yield
+
+
+def belt(*arguments):
+    """(exit code, stdout, stderr) of a command."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def spec_of(output) -> ScoreSpec:
+    return ScoreSpec.model_validate_json(publishing.read_manifest(str(output)).run["spec"])
+
+
+def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
+    model = tmp_path / "model"
+
+    options = ["--chunk-size", 30, "--stride", 15, "--epochs", 1, "--pooling-strategy", "max", "--seed", 3]
+    code, tuned, said = belt("fine-tune", labelled_corpus, "--encoder", tiny_encoder, "--output", model, *options)
+    assert (code, said) == (0, "")
+    assert "## fine-tune: 35 documents" in tuned
+    assert "## fine-tuning: binary (fox, window)" in tuned
+    spec = TrainSpec.model_validate_json(publishing.read_manifest(str(model)).run["spec"])
+    assert spec == TrainSpec(
+        chunks=ChunkSpec(chunk_size=30, stride=15), pooling=PoolingSpec(pooling_strategy="max"), epochs=1, seed=3
+    )
+
+    code, measured, said = belt("evaluate", labelled_corpus, "--checkpoint", model, "--output", tmp_path / "measured")
+    assert (code, said) == (0, "")
+    assert "## evaluation: 35 documents" in measured
+    assert "| accuracy |" in measured
+
+    # an option changes the checkpoint's own parameters, not belt's defaults
+    arguments = ["score", labelled_corpus, "--checkpoint", model, "--output", tmp_path / "scored", "--stride", 10]
+    code, scored, said = belt(*arguments)
+    assert (code, said) == (0, "")
+    assert f"- output: `{tmp_path / 'scored'}`" in scored
+    assert "complete already" not in scored
+    assert spec_of(tmp_path / "scored").chunks == ChunkSpec(chunk_size=30, stride=10)
+    assert spec_of(tmp_path / "scored").pooling == PoolingSpec(pooling_strategy="max")
+
+    code, again, _ = belt(*arguments)
+    assert code == 0
+    assert "This run was complete already: nothing was done again." in again
+
+
+def test_config_alone_and_overridden(labelled_corpus, tiny_checkpoint, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "corpus: {split_column: split, split: test}\nspec: {chunks: {chunk_size: 20, stride: 20}, threshold: 0.7}\n"
+    )
+    arguments = ["score", labelled_corpus, "--checkpoint", tiny_checkpoint, "--config", config]
+
+    assert belt(*arguments, "--output", tmp_path / "a")[0] == 0
+    assert belt(*arguments, "--output", tmp_path / "b", "--stride", 10, "--split", "train")[0] == 0
+
+    assert spec_of(tmp_path / "a").chunks == ChunkSpec(chunk_size=20, stride=20)
+    assert spec_of(tmp_path / "a").threshold == spec_of(tmp_path / "b").threshold == 0.7
+    assert spec_of(tmp_path / "b").chunks == ChunkSpec(chunk_size=20, stride=10)
+    of_split = pl.read_parquet(f"{labelled_corpus}/*.parquet").drop_nulls("text").group_by("split").len()
+    assert dict(of_split.iter_rows()) == {
+        "test": publishing.read_manifest(str(tmp_path / "a")).run["num_documents"],
+        "train": publishing.read_manifest(str(tmp_path / "b")).run["num_documents"],
+    }
+
+
+def test_chunk(labelled_corpus, tiny_encoder, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("chunks: {chunk_size: 20, stride: 20}\n")
+
+    arguments = ["--encoder", tiny_encoder, "--output", tmp_path / "out", "--config", config]
+    code, shown, said = belt("chunk", labelled_corpus, *arguments)
+
+    assert (code, said) == (0, "")
+    assert "## chunk: 35 documents" in shown
+    assert publishing.read_table(str(tmp_path / "out"), "chunks")["num_tokens"].max() == 20
+
+
+def test_a_finished_hugging_face_classifier(labelled_corpus, tiny_encoder, tmp_path):
+    torch.manual_seed(0)
+    names = dict(enumerate(["bad", "fair", "good"]))
+    config = transformers.AutoConfig.from_pretrained(
+        tiny_encoder, id2label=names, label2id={name: i for i, name in names.items()}
+    )
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classifier")
+    transformers.AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "classifier")
+    arguments = ["score", labelled_corpus, "--checkpoint", tmp_path / "classifier", "--output", tmp_path / "out"]
+
+    code, _, said = belt(*arguments)
+    assert code == 1
+    assert re.fullmatch(r"Error: chunk_size must be at most 62 for .*classifier .*, got 510\n", said)
+
+    assert belt(*arguments, "--chunk-size", 62, "--stride", 62)[0] == 0
+    assert publishing.read_manifest(str(tmp_path / "out")).labels == ("bad", "fair", "good")
+    table = publishing.read_table(str(tmp_path / "out"), "predictions")
+    assert set(table["label"]) <= {"bad", "fair", "good"}
+    assert [score["label"] for score in table["scores"][0]] == ["bad", "fair", "good"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": "{tmp}/none"}, "{tmp}/none: no such file, directory or glob"),
+        ({"corpus": "{tmp}/*.parquet"}, r".*\*\.parquet.*"),
+        ({"--text-column": "txt"}, r"(.*part-\d.parquet: no column 'txt'; it has 'doc_id', .*--text-column\)\n?){{3}}"),
+        ({"--checkpoint": "{encoder}"}, ".*: an encoder without a head .*fine-tune it first"),
+        ({"--output": "{tmp}/file/out"}, "cannot write {tmp}/file/out.*"),
+        ({"--chunk-size": "63"}, r"chunk_size must be at most 62 for .*\(it reads 64 tokens, 2 .*special\), got 63"),
+        ({"--pooling-strategy": "attention"}, "pooling_strategy must not be 'attention' for .*, got 'attention'"),
+        ({"--device": "tpu"}, "device must be cpu, cuda, cuda:N or auto, got 'tpu'"),
+    ],
+)
+def test_mistakes_that_the_flow_finds(changes, message, labelled_corpus, tiny_encoder, tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    given = {"corpus": labelled_corpus, "--checkpoint": tiny_checkpoint, "--output": "{tmp}/out"} | changes
+    given = {name: value.format(tmp=tmp_path, encoder=tiny_encoder) for name, value in given.items()}
+    corpus = given.pop("corpus")
+
+    code, shown, said = belt("score", corpus, *[word for pair in given.items() for word in pair])
+
+    assert (code, shown) == (1, "")
+    assert re.fullmatch(f"Error: {message.format(tmp=re.escape(str(tmp_path)))}\n", said), said
+    assert not Path(tmp_path, "out", "published.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--label-column": "class"}, ".*no column 'class'.*--label-column.*"),
+        ({"--encoder": "{tmp}"}, ".*{tmp}.*"),
+        ({"--task": "regression"}, "task must be binary or multiclass for a label column of .*, got 'regression'"),
+        ({"--chunk-size": "63"}, "chunk_size must be at most 62 for .*, got 63"),
+    ],
+)
+def test_mistakes_in_fine_tuning(changes, message, labelled_corpus, tiny_encoder, tmp_path):
+    given = {"--encoder": "{encoder}", "--output": "{tmp}/out", "--chunk-size": "30", "--stride": "30"} | changes
+    words = [word.format(tmp=tmp_path, encoder=tiny_encoder) for pair in given.items() for word in pair]
+
+    code, _, said = belt("fine-tune", labelled_corpus, *words)
+
+    assert code == 1
+    assert re.fullmatch(f"Error: {message.format(tmp=re.escape(str(tmp_path)))}\n", said), said

@@ -1,0 +1,123 @@
+"""What the README tells people to type works, in the order in which it stands there, after a small demo."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from belt_tasks.demo_corpus import DemoCorpusSpec
+from belt_tasks.specs import ChunkSpec, TrainSpec
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PLACEHOLDERS = ("CORPUS", "FILE", "DIR_OR_NAME")  # lines that show a form, not a command
+
+SMALL_DEMO = """
+from belt_tasks.demo_corpus import DemoCorpusSpec
+from belt_tasks.specs import TrainSpec
+from flows.demo import demo
+import sys
+demo(".belt/demo", DemoCorpusSpec.model_validate_json(sys.argv[1]), TrainSpec.model_validate_json(sys.argv[2]))
+"""
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def after_demo(tmp_path_factory):
+    """A folder that looks like a checkout after `make demo`, with a small demo."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / ".venv").symlink_to(Path(sys.prefix))
+    (folder / "README.md").write_text(README, encoding="utf-8")
+    corpus = DemoCorpusSpec(libraries=("numpy", "prefect"), documents_per_library=12, num_long=0, maximal_words=300)
+    training = TrainSpec(chunks=ChunkSpec(maximal_text_length=100), epochs=1, dropout=0.0)
+    run([sys.executable, "-c", SMALL_DEMO, corpus.model_dump_json(), training.model_dump_json()], folder)
+    return folder
+
+
+def run(command, folder):
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"PREFECT_HOME": str(folder / ".belt/prefect"), "PREFECT_LOGGING_LEVEL": "CRITICAL"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_every_python_block_runs(after_demo):
+    found = blocks("python")
+
+    assert len(found) >= 4
+    for block in found:
+        run([sys.executable, "-c", block], after_demo)
+
+
+def test_every_command_runs(after_demo):
+    commands = [
+        command
+        for block in blocks("sh")
+        for command in block.replace("\\\n", " ").splitlines()
+        if ".venv/bin/belt" in command and not any(word in command for word in PLACEHOLDERS) and "demo\n" not in command
+    ]
+    commands = [command for command in commands if not command.rstrip().endswith("belt demo")]
+
+    assert len(commands) >= 4
+    for command in commands:
+        assert run(["bash", "-c", command], after_demo)
+
+
+def test_the_config_file_is_accepted(after_demo):
+    [config] = blocks("yaml")
+    (after_demo / "config.yaml").write_text(config, encoding="utf-8")
+    command = ".venv/bin/belt score .belt/demo/corpus --checkpoint .belt/demo/model --output .belt/configured"
+
+    assert "## score" in run(["bash", "-c", f"{command} --config config.yaml"], after_demo)
+
+
+def test_every_command_and_parameter_is_mentioned():
+    from flows.cli import app  # noqa: PLC0415 - keeps prefect out of the other tests' way
+
+    for command in app.registered_commands:
+        name = (command.name or command.callback.__name__).replace("_", "-")
+        assert f"belt {name}" in README
+    for parameter in ChunkSpec.model_fields.keys() - {"seed"}:
+        assert f"`{parameter}`" in README
+
+
+def test_the_worked_example_is_right():
+    import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    from belt_tasks.pooling import pool_chunks  # noqa: PLC0415
+    from belt_tasks.specs import PoolingSpec  # noqa: PLC0415
+    from belt_tasks.windows import chunk_windows  # noqa: PLC0415
+
+    windows = chunk_windows(np.array([23]), ChunkSpec(chunk_size=10, stride=6))
+    rows = re.findall(r"^\| \d \| (-?[\d.]+) \| (-?[\d.]+) \|$", README, flags=re.MULTILINE)
+    logits = torch.tensor([[float(value) for value in row] for row in rows])
+
+    shown = [(int(a), int(b)) for a, b in re.findall(r"█ +\[(\d+), (\d+)\)", README)]
+    assert shown == list(zip(windows.start_C.tolist(), windows.stop_C.tolist(), strict=True))
+    pooled = {
+        strategy: pool_chunks(
+            logits,
+            torch.zeros(4, dtype=torch.int64),
+            torch.from_numpy(windows.new_tokens_C()),
+            num_documents=1,
+            spec=PoolingSpec(pooling_strategy=strategy),
+            task="multiclass",
+        )[0].tolist()
+        for strategy in ("mean", "max", "length_weighted_mean")
+    }
+    assert pooled["mean"] == [1.0, 1.0]
+    assert pooled["max"] == [2.0, 3.0]
+    assert pooled["length_weighted_mean"] == pytest.approx([1.0, 1.35], abs=0.005)

@@ -1,0 +1,164 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from belt_tasks import summaries
+from belt_tasks.demo import ReadBack
+from belt_tasks.evaluation import EvaluationReceipt
+from belt_tasks.fine_tuning import Epoch, FineTuningReceipt
+from belt_tasks.publishing import Manifest
+from belt_tasks.receipts import FileReceipt
+
+ASKED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def manifest(**changes) -> Manifest:
+    run = {
+        "flow": "score",
+        "run_id": "0123456789abcdef",
+        "output_uri": "s3://bucket/out",
+        "num_documents": 12_345,
+        "num_rejected": 3,
+        "num_tokens": 1_000_000,
+        "num_tokens_scored": 995_000,
+        "num_chunks": 2_000,
+        "num_shards": 2,
+        "elapsed_s": 61.25,
+        "read_s": 2.0,
+        "tokenize_s": 4.0,
+        "encode_s": 50.0,
+        "write_s": 0.0,
+        "tokens_per_s": 21_000.4,
+        "finished_at": (ASKED_AT + timedelta(minutes=1)).isoformat(),
+    }
+    return Manifest(
+        run=run | changes,
+        labels=("a", "b"),
+        rejected_by_reason={"text_null": 1, "doc_id_null": 2},
+        files=(
+            FileReceipt(table="rejected", path="r", num_rows=3),
+            FileReceipt(table="predictions", path="p", num_rows=12_345),
+        ),
+    )
+
+
+def test_run_summary():
+    assert summaries.run_summary(manifest(), asked_at=ASKED_AT).splitlines() == [
+        "## score: 12,345 documents, run 0123456789abcdef",
+        "",
+        "|  |  |",
+        "| --- | --- |",
+        "| documents | 12,345 |",
+        "| rejected rows | 3 (doc_id_null 2, text_null 1) |",
+        "| content tokens | 1,000,000, 99.5% of them in a chunk |",
+        "| chunks | 2,000 |",
+        "| shards | 2 |",
+        "| wall clock | 61.2 s |",
+        "",
+        "| stage | seconds | tokens per second |",
+        "| --- | --- | --- |",
+        "| read | 2.0 s | 500,000 |",
+        "| tokenize | 4.0 s | 250,000 |",
+        "| encode | 50.0 s | 21,000 |",
+        "",
+        "- output: `s3://bucket/out`",
+        "- manifest: `s3://bucket/out/runs/0123456789abcdef/manifest.json`",
+        "- predictions: `s3://bucket/out/runs/0123456789abcdef/predictions/*.parquet`",
+        "- rejected: `s3://bucket/out/runs/0123456789abcdef/rejected/*.parquet`",
+    ]
+
+
+def test_a_run_that_had_finished_before_it_was_asked_for_says_so():
+    words = "This run was complete already: nothing was done again."
+
+    assert words in summaries.run_summary(manifest(), asked_at=ASKED_AT + timedelta(minutes=2))
+    assert words not in summaries.run_summary(manifest(), asked_at=ASKED_AT)
+
+
+def test_run_summary_of_nothing():
+    nothing = manifest(
+        num_documents=0,
+        num_tokens=0,
+        num_tokens_scored=0,
+        num_chunks=0,
+        encode_s=0.0,
+        tokens_per_s=None,
+        num_rejected=0,
+    )
+
+    shown = summaries.run_summary(nothing, asked_at=ASKED_AT)
+
+    assert "| content tokens | 0 |" in shown
+    assert "| rejected rows | 0 |" in shown
+    assert "chunks |" not in shown
+    assert "| encode |" not in shown
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "validation", "cells"),
+    [
+        ("multiclass", "accuracy", {"loss": 0.5, "accuracy": 0.75}, "0.5000 | 0.7500"),
+        ("regression", "mse", {"loss": 0.5, "mse": 0.25}, "0.5000 | 0.2500"),
+        ("multilabel", "micro_f1", {"loss": 0.5, "micro_f1": None}, "0.5000 | "),
+        ("binary", "accuracy", None, " | "),
+    ],
+)
+def test_fine_tuning_summary(task, metric, validation, cells):
+    receipt = FineTuningReceipt(
+        checkpoint_uri="/out/checkpoint",
+        checkpoint_digest="0" * 64,
+        labels=tuple(f"label-{i}" for i in range(12)),
+        task=task,
+        num_training_documents=90,
+        num_validation_documents=10,
+        epochs=(
+            Epoch(number=1, training_loss=0.9, validation=validation),
+            Epoch(number=2, training_loss=0.8, validation=validation),
+        ),
+        best_epoch=2,
+        num_chunks=1_500,
+        num_tokens_scored=4_000,
+        num_tokens_encoded=5_000,
+        training_s=10.0,
+    )
+
+    lines = summaries.fine_tuning_summary(receipt).splitlines()
+
+    assert lines[0] == f"## fine-tuning: {task} ({', '.join(f'label-{i}' for i in range(10))}, ...)"
+    assert f"| epoch | training loss | validation loss | {metric} |" in lines
+    assert f"| 1 | 0.9000 | {cells} |" in lines
+    assert f"| 2 (kept) | 0.8000 | {cells} |" in lines
+    assert "- trained on 90 documents, 10 held out" in lines
+    assert "- 10.0 s, 1,000 tokens per second" in lines
+    assert "- checkpoint: `/out/checkpoint`" in lines
+
+
+def test_evaluation_summary_shows_what_was_measured_and_where_the_rest_is():
+    receipt = EvaluationReceipt(
+        metrics={"num_documents": 1_234, "accuracy": 0.5, "auc": None, "per_class": {}},
+        rejected_by_reason={"label_null": 2, "label_unknown": 1},
+        metrics_uri="/out/metrics.json",
+        plot_uris=("/out/reliability.png",),
+    )
+
+    assert summaries.evaluation_summary(receipt).splitlines() == [
+        "## evaluation: 1,234 documents",
+        "",
+        "| metric | value |",
+        "| --- | --- |",
+        "| accuracy | 0.5000 |",
+        "| AUC |  |",
+        "",
+        "- labels put aside: 3 (label_null 2, label_unknown 1)",
+        "- all metrics: `/out/metrics.json`",
+        "- plot: `/out/reliability.png`",
+    ]
+
+
+def test_cells_cannot_break_their_table():
+    result = ReadBack(polars_rows=1, duckdb_rows=1, labels=(("a|b", 1, 0.5),), longest=(("x\n|y", "a|b", 0.5, 1, 1),))
+
+    shown = summaries.read_back_summary(result)
+
+    assert r"| a\|b | 1 | 0.500 |" in shown
+    assert r"| x \|y | a\|b | 0.500 | 1 | 1 |" in shown
