@@ -23,6 +23,7 @@ demo: .venv/demo  ## install, then run the whole pipeline on real text and say w
 	$(BIN)/belt demo --output .belt/demo
 
 test: .venv/test check  ## install, then run the linters, the type checker and all tests that need no GPU
+	mkdir -p $(PREFECT_HOME)
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: .venv/test  ## linters, type checker and import rules

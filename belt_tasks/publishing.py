@@ -196,11 +196,16 @@ def publish(
 
 
 def republish(run: RunRef) -> Manifest | None:
-    """The manifest of a run that is complete already, made the published one again; None if it is not complete."""
+    """The manifest of a run that is complete already, made the published one again; None if it is not complete.
+
+    A run that has lost a file is not complete: its missing shards are done again.
+    """
     if not storage.exists(run.manifest_uri):
         return None
     data = storage.read_bytes(run.manifest_uri)
     manifest = Manifest.model_validate_json(data)
+    if not all(storage.exists(storage.join(run.output_uri, file.path)) for file in manifest.files):
+        return None
     published_uri = storage.join(run.output_uri, "published.json")
     if not storage.exists(published_uri) or storage.read_bytes(published_uri) != data:
         storage.write_bytes(published_uri, data)

@@ -150,7 +150,7 @@ class ScoreSpec(Spec):
     batches: BatchSpec = BatchSpec()
     """Mini-batches."""
 
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
 
     threshold: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -172,7 +172,7 @@ class TrainSpec(Spec):
     batches: BatchSpec = BatchSpec()
     """Mini-batches of chunks: they decide memory, never the result."""
 
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
 
     epochs: int = Field(default=3, ge=1)

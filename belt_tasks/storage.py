@@ -206,8 +206,11 @@ def check_writable(uri: str) -> None:
         ConfigError: it cannot be written.
     """
     probe = join(uri, f".belt-probe-{uuid.uuid4().hex}")
-    write_bytes(probe, b"")
-    with _storage_errors(f"write {uri}"):
+    try:
+        write_bytes(probe, b"")
+    except ConfigError as error:
+        raise ConfigError(f"{uri}: cannot be written to ({error.__cause__ or error})") from error
+    with _storage_errors(f"write to {uri}"):
         filesystem, path = _resolve(probe)
         filesystem.rm_file(path)
 

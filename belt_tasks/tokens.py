@@ -5,6 +5,7 @@ document that spells out "[SEP]" or "</s>" gets the tokens of these letters, nev
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ Int64 = npt.NDArray[np.int64]
 CALL_CHARACTERS = 1_000_000
 PIECE_CHARACTERS = 200_000
 OVERLAP_CHARACTERS = 2_000
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,8 @@ def load_tokenizer(source: str | Path) -> DocumentTokenizer:
 @contextmanager
 def model_files(source: str | Path) -> Iterator[None]:
     """Turn what transformers raises for a wrong model into one sentence, and keep its load report quiet."""
+    if not Path(source).is_dir() and not HUB_NAME.fullmatch(str(source)):
+        raise ConfigError(f"{source}: neither a local directory nor a Hugging Face name (NAME or OWNER/NAME)")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,12 +1,14 @@
 """Fixtures that every test may use: tiny random encoders of each family, real weights, and corpora on disk."""
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 # before anything imports prefect or transformers: nothing leaves this machine
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="belt-prefect-"))
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
@@ -175,7 +177,7 @@ def _parts(family: str, dropout: float) -> tuple[Tokenizer, dict[str, str], Call
 
 @pytest.fixture(scope="session")
 def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """family -> directory of a tiny random encoder, made once."""
+    """Directory of a tiny random encoder of a family, made once."""
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:

@@ -32,6 +32,7 @@ def blocks(language):
 def after_demo(tmp_path_factory):
     """A folder that looks like a checkout after `make demo`, with a small demo."""
     folder = tmp_path_factory.mktemp("checkout")
+    (folder / ".belt/prefect").mkdir(parents=True)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     (folder / "README.md").write_text(README, encoding="utf-8")
     corpus = DemoCorpusSpec(libraries=("numpy", "prefect"), documents_per_library=12, num_long=0, maximal_words=300)
@@ -84,7 +85,7 @@ def test_the_config_file_is_accepted(after_demo):
 
 
 def test_every_command_and_parameter_is_mentioned():
-    from flows.cli import app  # noqa: PLC0415 - keeps prefect out of the other tests' way
+    from flows.cli import app
 
     for command in app.registered_commands:
         name = (command.name or command.callback.__name__).replace("_", "-")
@@ -94,12 +95,12 @@ def test_every_command_and_parameter_is_mentioned():
 
 
 def test_the_worked_example_is_right():
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
+    import numpy as np
+    import torch
 
-    from belt_tasks.pooling import pool_chunks  # noqa: PLC0415
-    from belt_tasks.specs import PoolingSpec  # noqa: PLC0415
-    from belt_tasks.windows import chunk_windows  # noqa: PLC0415
+    from belt_tasks.pooling import pool_chunks
+    from belt_tasks.specs import PoolingSpec
+    from belt_tasks.windows import chunk_windows
 
     windows = chunk_windows(np.array([23]), ChunkSpec(chunk_size=10, stride=6))
     rows = re.findall(r"^\| \d \| (-?[\d.]+) \| (-?[\d.]+) \|$", README, flags=re.MULTILINE)

@@ -337,6 +337,14 @@ def test_republish_points_readers_back_to_a_complete_run(run):
     assert publishing.read_table(run.output_uri, "tokens")["doc_id"].to_list() == ["old"]
 
 
+def test_a_run_that_lost_a_file_is_not_complete(run):
+    manifest = publish(run, finish(run, "a", "1"))
+    filesystem, path = fsspec.core.url_to_fs(manifest.uris(run.output_uri, "tokens")[0])
+    filesystem.rm_file(path)
+
+    assert publishing.republish(run) is None
+
+
 def test_republishing_what_is_published_writes_nothing(run, monkeypatch):
     manifest = publish(run, finish(run, "k1", "a"))
     monkeypatch.setattr(storage, "write_bytes", lambda *_: pytest.fail("written"))

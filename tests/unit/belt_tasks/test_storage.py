@@ -330,18 +330,10 @@ def test_an_output_below_a_file_cannot_be_written(root):
     storage.write_bytes(storage.join(root, "file"), b"")
     below = storage.join(root, "file", "out")
 
-    with pytest.raises(ConfigError, match=r"cannot write .*out"):
+    with pytest.raises(ConfigError, match=r"out: cannot be written to"):
         storage.check_writable(below)
     with pytest.raises(ConfigError, match=r"cannot write .*t\.parquet"):
         storage.write_parquet(storage.join(below, "t.parquet"), TABLE)
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_without_permission_cannot_be_written(tmp_path):
-    tmp_path.chmod(0o500)
-
-    with pytest.raises(ConfigError, match="Permission denied"):
-        storage.check_writable(str(tmp_path))
 
 
 def test_missing_objects_are_named(root):
