@@ -173,6 +173,7 @@ def test_a_config_file_that_is_not_there(tmp_path):
     ("options", "messages"),
     [
         (["--chunk-size", "x"], ["--chunk-size: input should be a valid integer, .*, got 'x'"]),
+        (["--device", "tpu"], [r"--device: string should match pattern '\^\(auto\|cpu\|cuda.*, got 'tpu'"]),
         (["--chunk-size", "0"], ["--chunk-size: input should be greater than or equal to 1, got '0'"]),
         (["--stride", "40", "--chunk-size", "30"], [r"stride must be at most chunk_size \(30\), got 40: .*"]),
         (["--chunk-size", "30"], [r"stride must be at most .*, got 510: .* \(--stride was left out, .*default\)"]),
