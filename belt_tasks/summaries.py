@@ -60,9 +60,7 @@ def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
         f"- manifest: `{storage.join(run['output_uri'], 'runs', run['run_id'], 'manifest.json')}`",
     ]
     tables = sorted({file.table for file in manifest.files})
-    lines += [
-        f"- {table}: `{storage.join(run['output_uri'], 'runs', run['run_id'], table, '*.parquet')}`" for table in tables
-    ]
+    lines += [f"- {table}: `{_pattern(run, table)}`" for table in tables]
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +106,76 @@ def evaluation_summary(receipt: EvaluationReceipt) -> str:
     return "\n".join(lines) + "\n"
 
 
+def demo_summary(
+    *,
+    fine_tuning_run: Manifest,
+    fine_tuning: FineTuningReceipt,
+    evaluation_run: Manifest,
+    evaluation: EvaluationReceipt,
+    scoring_run: Manifest,
+    read_back: ReadBack,
+) -> str:
+    """The demo on one screen: what each stage did and cost, how good it is, and where to look."""
+    prepared, scored = fine_tuning_run.run, scoring_run.run
+    prepare_s = sum(prepared[f"{stage}_s"] for stage in ("read", "tokenize", "write"))
+    rows = [["prepare", _count(prepared["num_documents"]), "", _seconds(prepare_s), f"{_rate(prepared, 'tokenize')}"]]
+    for name, run in (
+        (f"fine-tune, {len(fine_tuning.epochs)} epochs", prepared),
+        ("evaluate", evaluation_run.run),
+        ("score", scored),
+    ):
+        cost = [_seconds(run["encode_s"]), _rate(run, "encode")]
+        rows.append([name, _count(run["num_documents"]), _count(run["num_chunks"]), *cost])
+    rows.append(["publish", _count(scored["num_documents"]), "", _seconds(scored["write_s"]), ""])
+    measured = evaluation.metrics
+    predictions = _pattern(scored, "predictions")
+    query = f"import polars as pl; print(pl.read_parquet('{predictions}'))"
+    return "\n".join(
+        [
+            "## belt demo: which library is a docstring from?",
+            "",
+            *_table(["stage", "documents", "chunks", "seconds", "tokens per second"], rows),
+            "",
+            f"- accuracy on the test split: **{measured['accuracy']:.3f}** ({measured['num_documents']} documents)",
+            f"- accuracy of always guessing the commonest label: {measured['majority_baseline_accuracy']:.3f}",
+            f"- rejected rows: {_rejected(scored['num_rejected'], scoring_run.rejected_by_reason)}, broken on purpose",
+            f"- read back: polars found {read_back.polars_rows:,} predictions, DuckDB {read_back.duckdb_rows:,}",
+            "",
+            "By label, as DuckDB reads it:",
+            "",
+            *_table(
+                ["label", "documents", "mean score"],
+                [[label, _count(count), f"{mean:.3f}"] for label, count, mean in read_back.labels],
+            ),
+            "",
+            "The longest documents, as polars reads them; BERT alone would see the first 510 tokens:",
+            "",
+            *_table(
+                ["doc_id", "label", "score", "tokens", "chunks"],
+                [
+                    [doc_id, label, f"{score:.3f}", _count(num_tokens), _count(num_chunks)]
+                    for doc_id, label, score, num_tokens, num_chunks in read_back.longest
+                ],
+            ),
+            "",
+            "Where everything is:",
+            "",
+            f"- corpus: `{scored['corpus_uri']}`",
+            f"- model: `{prepared['output_uri']}` (give it to `belt score --checkpoint`)",
+            f"- metrics: `{evaluation.metrics_uri}`",
+            *[f"- plot: `{uri}`" for uri in evaluation.plot_uris],
+            f"- predictions: `{predictions}`",
+            f"- rejected rows: `{_pattern(scored, 'rejected')}`",
+            f"- manifest: `{storage.join(scored['output_uri'], 'published.json')}`",
+            "",
+            "To look at the predictions:",
+            "",
+            f'    .venv/bin/python -c "{query}"',
+            "",
+        ]
+    )
+
+
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table; `|` in a cell is escaped, and a line break becomes a space."""
     shown = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
@@ -143,28 +211,9 @@ def _main_metric(task: str) -> str:
     return {"regression": "mse", "multilabel": "micro_f1"}.get(task, "accuracy")
 
 
-def read_back_summary(result: ReadBack) -> str:
-    """What polars and DuckDB read from the published table."""
-    return "\n".join(
-        [
-            "## read back",
-            "",
-            f"polars found {result.polars_rows:,} rows, DuckDB {result.duckdb_rows:,}. By DuckDB:",
-            "",
-            *_table(
-                ["label", "documents", "mean score"],
-                [[label, f"{count:,}", f"{mean:.3f}"] for label, count, mean in result.labels],
-            ),
-            "",
-            "The longest documents, by polars:",
-            "",
-            *_table(
-                ["doc_id", "label", "score", "tokens", "chunks"],
-                [
-                    [doc_id, label, f"{score:.3f}", f"{num_tokens:,}", f"{num_chunks:,}"]
-                    for doc_id, label, score, num_tokens, num_chunks in result.longest
-                ],
-            ),
-            "",
-        ]
-    )
+def _pattern(run: dict[str, Any], table: str) -> str:
+    return storage.join(run["output_uri"], "runs", run["run_id"], table, "*.parquet")
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"

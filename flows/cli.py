@@ -273,20 +273,13 @@ def demo(
     output: Annotated[str, typer.Option(help="Directory for the corpus and all results.")] = ".belt/demo",
 ) -> None:
     """Run everything on real text that every machine has: the docstrings of the installed libraries."""
-    asked_at = datetime.now(UTC)
     with _user_errors(), _progress():
         from flows.demo import demo as flow  # noqa: PLC0415 - after the environment is set
 
         result = flow(output)
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(
-        summaries.run_summary(result.fine_tuning_run, asked_at=asked_at),
-        summaries.fine_tuning_summary(result.fine_tuning),
-        summaries.evaluation_summary(result.evaluation),
-        summaries.run_summary(result.scoring_run, asked_at=asked_at),
-        summaries.read_back_summary(result.read_back),
-    )
+    _print(summaries.demo_summary(**dict(result)))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ class DemoResult(Spec):
 
     fine_tuning_run: Manifest
     fine_tuning: FineTuningReceipt
+    evaluation_run: Manifest
     evaluation: EvaluationReceipt
     scoring_run: Manifest
     read_back: ReadBack
@@ -39,11 +40,12 @@ def demo(output_uri: str, corpus: DemoCorpusSpec = DEMO_CORPUS_SPEC, spec: Train
     test = CorpusSpec(split_column="split", split="test")
     model_uri = f"{output_uri}/model"
     fine_tuning_run, fine_tuning = fine_tune(corpus_uri, str(demo_encoder()), model_uri, training, spec)
-    _, evaluation = evaluate(corpus_uri, model_uri, f"{output_uri}/evaluation", test, DEMO_SCORE_SPEC)
+    evaluation_run, evaluation = evaluate(corpus_uri, model_uri, f"{output_uri}/evaluation", test, DEMO_SCORE_SPEC)
     scoring_run = score(corpus_uri, model_uri, f"{output_uri}/predictions", CorpusSpec(), DEMO_SCORE_SPEC)
     return DemoResult(
         fine_tuning_run=fine_tuning_run,
         fine_tuning=fine_tuning,
+        evaluation_run=evaluation_run,
         evaluation=evaluation,
         scoring_run=scoring_run,
         read_back=tasks.read_back(scoring_run),

@@ -18,9 +18,11 @@ PLACEHOLDERS = ("CORPUS", "FILE", "DIR_OR_NAME")  # lines that show a form, not 
 SMALL_DEMO = """
 from belt_tasks.demo_corpus import DemoCorpusSpec
 from belt_tasks.specs import TrainSpec
+from belt_tasks.summaries import demo_summary
 from flows.demo import demo
 import sys
-demo(".belt/demo", DemoCorpusSpec.model_validate_json(sys.argv[1]), TrainSpec.model_validate_json(sys.argv[2]))
+result = demo(".belt/demo", DemoCorpusSpec.model_validate_json(sys.argv[1]), TrainSpec.model_validate_json(sys.argv[2]))
+print(demo_summary(**dict(result)))
 """
 
 
@@ -37,7 +39,8 @@ def after_demo(tmp_path_factory):
     (folder / "README.md").write_text(README, encoding="utf-8")
     corpus = DemoCorpusSpec(libraries=("numpy", "prefect"), documents_per_library=12, num_long=0, maximal_words=300)
     training = TrainSpec(chunks=ChunkSpec(maximal_text_length=100), epochs=1, dropout=0.0)
-    run([sys.executable, "-c", SMALL_DEMO, corpus.model_dump_json(), training.model_dump_json()], folder)
+    shown = run([sys.executable, "-c", SMALL_DEMO, corpus.model_dump_json(), training.model_dump_json()], folder)
+    (folder / "summary.md").write_text(shown)
     return folder
 
 
@@ -52,6 +55,18 @@ def run(command, folder):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def test_the_demo_says_what_it_did_on_one_screen(after_demo):
+    shown = (after_demo / "summary.md").read_text()
+
+    assert re.search(r"^\| score \| 24 \| \d+ \| \d+\.\d s \| [\d,]+ \|$", shown, re.MULTILINE)
+    assert "rejected rows: 3 (doc_id_duplicate 1, doc_id_null 1, text_null 1)" in shown
+    assert "polars found 24 predictions, DuckDB 24" in shown
+    command = re.search(r"^    (\.venv/bin/python .*)$", shown, re.MULTILINE).group(1)
+    assert "shape: (24, " in run(["bash", "-c", command], after_demo)
+    for path in re.findall(r"`(/[^`*]*)`", shown):
+        assert Path(path).exists(), path
 
 
 def test_every_python_block_runs(after_demo):
