@@ -9,6 +9,7 @@ belt's own:
 A finished `AutoModelForSequenceClassification` directory is a checkpoint too, with belt's default specs.
 """
 
+import hashlib
 import tempfile
 import threading
 from collections import OrderedDict
@@ -42,7 +43,7 @@ class CheckpointCard(Spec):
     pooling: PoolingSpec
     """Pooling that it was fine-tuned with."""
     digest: str
-    """sha256 over the names and contents of all other files, 64 hex digits."""
+    """sha256 over the head, chunks and pooling above and all other files, 64 hex digits."""
     data_fingerprint: str
     """Hash of the training documents, in order."""
     metrics: dict[str, Any]
@@ -91,7 +92,7 @@ def save_checkpoint(
             head=head,
             chunks=chunks,
             pooling=pooling,
-            digest=_digest(local),
+            digest=_digest(local, head, chunks, pooling),
             data_fingerprint=data_fingerprint,
             metrics=metrics,
             training=training,
@@ -154,9 +155,9 @@ def load_checkpoint(uri: str) -> Checkpoint:
     """
     card = read_card(uri)
     with storage.local_directory(uri) as folder:
-        digest = _digest(folder)
         if card is None:
-            return _finished(folder, uri, digest)
+            return _finished(folder, uri, _digest(folder))
+        digest = _digest(folder, card.head, card.chunks, card.pooling)
         if card.digest != digest:
             raise ConfigError(
                 f"{uri}: damaged checkpoint: digest of its files is {digest}, {CARD_NAME} says {card.digest}"
@@ -222,15 +223,14 @@ cache = CheckpointCache()
 
 
 def checkpoint_digest(uri: str) -> str:
-    """The digest of a checkpoint's files, without loading the model."""
+    """The digest of a checkpoint, without loading the model."""
+    card = read_card(uri)
     with storage.local_directory(uri) as folder:
-        return _digest(folder)
+        return _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling)
 
 
-def _digest(folder: Path) -> str:
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and path.name != CARD_NAME and not path.name.startswith(".")
-    ]
-    return storage.sha256_of_files(folder, names)
+def _digest(folder: Path, *card: Spec) -> str:
+    """Over every file but the card, and over what the card says that decides scores and their names."""
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    files = storage.sha256_of_files(folder, [name for name in names if name != CARD_NAME])
+    return hashlib.sha256("\n".join([files, *(spec.model_dump_json() for spec in card)]).encode()).hexdigest()

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from belt_tasks import encoder, gradient, heads, metrics, progress, scoring, storage
+from belt_tasks import encoder, gradient, heads, metrics, progress, publishing, scoring, storage
 from belt_tasks.batches import MiniBatch, collate, plan_batches
-from belt_tasks.checkpoint import CheckpointCard, save_checkpoint
+from belt_tasks.checkpoint import CARD_NAME, CheckpointCard, save_checkpoint
 from belt_tasks.encoder import ChunkModel
 from belt_tasks.errors import ConfigError
 from belt_tasks.planning import TrainPlan
-from belt_tasks.publishing import RunRef
+from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.receipts import ShardReceipt, Stopwatch
 from belt_tasks.specs import CorpusSpec, Spec, TrainSpec
 from belt_tasks.tokens import SpecialTokens, load_tokenizer
@@ -213,6 +213,12 @@ def fine_tune_prepared(
     )
     storage.write_bytes(_receipt_uri(plan.run), receipt.model_dump_json(indent=1).encode())
     return receipt
+
+
+def republish(run: RunRef) -> Manifest | None:
+    """As `publishing.republish`; a run that lost its checkpoint or receipt is not complete."""
+    kept = (storage.join(run.uri, "checkpoint", CARD_NAME), _receipt_uri(run))
+    return publishing.republish(run) if all(storage.exists(uri) for uri in kept) else None
 
 
 def read_receipt(run: RunRef) -> FineTuningReceipt:

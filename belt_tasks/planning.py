@@ -9,7 +9,8 @@ from belt_tasks import checkpoint as checkpoints
 from belt_tasks import corpus as corpora
 from belt_tasks import encoder, progress, scoring, storage, training_set
 from belt_tasks.corpus import LabelRole, ShardRef
-from belt_tasks.publishing import RunRef, run_id_of
+from belt_tasks.errors import ConfigError
+from belt_tasks.publishing import RunRef, read_manifest, run_id_of
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, ScoreSpec, Spec, TaskKind, TrainSpec
 from belt_tasks.tokens import load_tokenizer
 
@@ -75,7 +76,7 @@ def plan_scoring(
     scoring.check_scorable(checkpoint, spec)
     deciding = {"checkpoint_digest": checkpoint.digest, "chunks": spec.chunks, "pooling": spec.pooling}
     fingerprint = run_id_of([], CorpusSpec(), threshold=spec.threshold, **deciding)
-    run = _run(output_uri, run_id_of(shards, corpus, flow="score", scoring_fingerprint=fingerprint))
+    run = _run(output_uri, run_id_of(shards, corpus, flow="score", scoring_fingerprint=fingerprint), flow="score")
     return ScorePlan(
         run=run,
         shards=tuple(shards),
@@ -106,7 +107,7 @@ def plan_chunking(
         source=encoder_source,
     )
     digest = encoder.source_fingerprint(encoder_source)
-    run = _run(output_uri, run_id_of(shards, corpus, flow="chunk", chunks=chunks, encoder=digest))
+    run = _run(output_uri, run_id_of(shards, corpus, flow="chunk", chunks=chunks, encoder=digest), flow="chunk")
     return ChunkPlan(
         run=run,
         shards=tuple(shards),
@@ -135,7 +136,7 @@ def plan_fine_tuning(
         source=encoder_source,
     )
     digest = encoder.source_fingerprint(encoder_source)
-    run = _run(output_uri, run_id_of(shards, corpus, flow="fine-tune", spec=spec, encoder=digest))
+    run = _run(output_uri, run_id_of(shards, corpus, flow="fine-tune", spec=spec, encoder=digest), flow="fine-tune")
     return TrainPlan(
         run=run,
         shards=tuple(shards),
@@ -158,9 +159,16 @@ def plan_evaluation(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec) ->
     return EvaluationPlan(shards=tuple(corpora.plan_shards(corpus_uri, corpus, label_role=label_role)), head=head)
 
 
-def _run(output_uri: str, run_id: str) -> RunRef:
+def _run(output_uri: str, run_id: str, *, flow: str) -> RunRef:
     output_uri = storage.absolute(output_uri)
     storage.check_writable(output_uri)
+    if storage.exists(storage.join(output_uri, "published.json")):
+        published = read_manifest(output_uri).run["flow"]
+        if published != flow:
+            raise ConfigError(
+                f"{output_uri}: holds what a {published} run published, which a {flow} run would hide; "
+                "choose another output"
+            )
     progress.go_on()  # an earlier run of this process may have been stopped
     return RunRef(output_uri=output_uri, run_id=run_id)
 

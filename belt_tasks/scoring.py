@@ -143,7 +143,13 @@ def check_scorable(checkpoint: Checkpoint, spec: ScoreSpec) -> None:
 
 
 def score_texts(texts: Sequence[str], checkpoint: Checkpoint, spec: ScoreSpec) -> DocumentScores:
-    """Score texts in memory: the same path as a shard's, without tables."""
+    """Score texts in memory: the same path as a shard's, without tables.
+
+    Raises:
+        ConfigError: there is no text, or the spec does not fit the checkpoint.
+    """
+    if not texts:
+        raise ConfigError("texts must hold at least one text, got none")
     spec = resolve(spec, checkpoint.chunks, checkpoint.pooling)
     check_scorable(checkpoint, spec)
     chunks, pooled = _windows_and_pooling(spec)

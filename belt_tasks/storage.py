@@ -234,7 +234,8 @@ def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111 - a URI, not yet a path
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{uri}: {error}") from error
-    return filesystem, str(path)
+    # one spelling of a local path, so that it is one shard and one run
+    return filesystem, os.path.normpath(path) if isinstance(filesystem, LocalFileSystem) else str(path)
 
 
 def _version(info: dict[str, object]) -> str:

@@ -15,8 +15,8 @@ from belt_tasks.specs import ChunkSpec
 from belt_tasks.tokens import load_tokenizer
 from belt_tasks.windows import chunk_windows
 
-BAR_WIDTH = 20
-SHOWN_CHARACTERS = 24
+BAR_WIDTH = 16
+SHOWN_CHARACTERS = 14
 
 
 def window_table(file: Path, encoder: str | None, spec: ChunkSpec) -> tuple[Table, str]:
@@ -43,9 +43,9 @@ def window_table(file: Path, encoder: str | None, spec: ChunkSpec) -> tuple[Tabl
     num_tokens = len(tokens.input_ids_T)
     table = Table(
         Column("chunk", justify="right"),
-        Column("tokens", no_wrap=True),
-        Column("characters", no_wrap=True),
-        Column("where in the text", no_wrap=True, min_width=BAR_WIDTH),
+        Column("tokens", no_wrap=True, min_width=max(len(f"[{num_tokens}, {num_tokens})"), 6)),
+        Column("characters", no_wrap=True, min_width=len(f"[{len(text)}, {len(text)})")),
+        Column("where", no_wrap=True, min_width=BAR_WIDTH),
         Column("begins", no_wrap=True),
         Column("ends", no_wrap=True),
         box=SIMPLE_HEAD,

@@ -320,7 +320,7 @@ def _user_errors() -> Iterator[None]:
         _complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        errors.print("Interrupted. Finished shards are kept; run the same command again to go on.")
+        errors.print("Interrupted. Finished shards, if any, are kept; run the same command again to go on.")
         raise typer.Exit(130) from None
 
 
@@ -331,7 +331,7 @@ def _complain(message: str) -> None:
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """Progress bars on a terminal, nothing elsewhere."""
+    """Progress bars on a terminal, a line now and then elsewhere."""
     with ProgressBars(errors) as bars, progress.listen(bars.advance):
         yield
 

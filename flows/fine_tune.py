@@ -31,7 +31,7 @@ def fine_tune(
     """
     started_at = datetime.now(UTC)
     plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
-    manifest = tasks.republish(plan.run)
+    manifest = tasks.republish_fine_tuning(plan.run)
     if manifest is None:
         receipts = tasks.gather(
             tasks.prepare_shard.map(

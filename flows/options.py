@@ -138,7 +138,7 @@ def build(
         options: the command's, by name; None was not given.
         config: sections of the config file.
         section: the one that describes this spec.
-        base: for a nested spec, what its options change where the config file does not give it.
+        base: for a nested spec, what the config file and the options change.
 
     Raises:
         WrongUsageError: values are not allowed.
@@ -155,9 +155,9 @@ def build(
             for inner, inner_info in nested.model_fields.items()
             if options.get(inner) is not None and inner not in spec.model_fields
         }
-        changed = values.get(name) or (base or {}).get(name, {})
-        if given and isinstance(changed, dict):
-            values[name] = {**changed, **given}
+        configured = values.get(name) or {}
+        if (given or configured) and isinstance(configured, dict):
+            values[name] = {**(base or {}).get(name, {}), **configured, **given}
     try:
         return spec.model_validate(values)
     except pydantic.ValidationError as error:

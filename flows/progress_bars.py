@@ -1,16 +1,18 @@
 """Progress bars for the command line: one per stage, made when the stage first reports."""
 
+import time
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+LINE_EVERY_S = 10.0
 UNITS = {"tokenize": "rows", "encode": "chunks", "fine-tune": "documents"}
 
 
 class ProgressBars:
-    """Listens to `belt_tasks.progress`; draws on a terminal only."""
+    """Listens to `belt_tasks.progress`; off a terminal it says where it is in a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -21,6 +23,9 @@ class ProgressBars:
             console=console,
             disable=not console.is_terminal,
         )
+        self._console = console
+        self._done: dict[str, int] = {}
+        self._next_line = time.monotonic() + LINE_EVERY_S
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int] = {}
 
@@ -44,3 +49,8 @@ class ProgressBars:
             self._totals[stage] = self._totals.get(stage, 0) + num_more
             self._progress.update(self._tasks[stage], total=self._totals[stage])
         self._progress.advance(self._tasks[stage], num_done)
+        self._done[stage] = self._done.get(stage, 0) + num_done
+        if not self._console.is_terminal and num_done and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + LINE_EVERY_S
+            total = f" of {self._totals[stage]:,}" if stage in self._totals else ""
+            self._console.print(f"{stage}: {self._done[stage]:,}{total} {UNITS.get(stage, '')}".rstrip())

@@ -58,6 +58,7 @@ read_fine_tuning_receipt = bind(fine_tuning.read_receipt)
 evaluate_run = bind(evaluation.evaluate_run)
 
 republish = bind(publishing.republish)
+republish_fine_tuning = bind(fine_tuning.republish)
 publish = bind(publishing.publish)
 
 write_demo_corpus = bind(demo.write_demo_corpus)

@@ -161,3 +161,13 @@ def test_mistakes_in_fine_tuning(changes, message, labelled_corpus, tiny_encoder
 
     assert code == 1
     assert re.fullmatch(f"Error: {message.format(tmp=re.escape(str(tmp_path)))}\n", said), said
+
+
+def test_a_config_file_changes_the_checkpoints_windows_field_by_field(labelled_corpus, tiny_checkpoint, tmp_path):
+    (tmp_path / "c.yaml").write_text("spec: {chunks: {stride: 11}}\n")
+
+    arguments = ["--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", "--config", tmp_path / "c.yaml"]
+    code, _, said = belt("score", labelled_corpus, *arguments)
+
+    assert (code, said) == (0, "")
+    assert spec_of(tmp_path / "out").chunks == ChunkSpec(chunk_size=30, stride=11)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -385,3 +386,18 @@ def test_a_stopped_run_does_not_stop_the_next_one(corpus, tiny_checkpoint, tmp_p
     manifest = score(corpus, tiny_checkpoint, str(tmp_path / "out"))
 
     assert manifest.run["num_documents"] == 12
+
+
+def test_a_score_run_does_not_hide_a_model_and_a_lost_checkpoint_is_made_again(write_corpus, tiny_encoder, tmp_path):
+    corpus_uri, model = write_corpus(labelled_rows(12, most_words=20), name="small"), str(tmp_path / "model")
+    spec = TrainSpec(chunks=ChunkSpec(chunk_size=30, stride=30), epochs=1, validation_fraction=0.0)
+    first, receipt = fine_tune(corpus_uri, str(tiny_encoder), model, CorpusSpec(), spec)
+
+    with pytest.raises(ConfigError, match="holds what a fine-tune run published, which a score run would hide"):
+        score(corpus_uri, model, model)
+    shutil.rmtree(receipt.checkpoint_uri)
+    again, _ = fine_tune(corpus_uri, str(tiny_encoder), model, CorpusSpec(), spec)
+
+    assert again.run["run_id"] == first.run["run_id"]
+    assert again.run["checkpoint_digest"] == first.run["checkpoint_digest"]
+    assert Path(receipt.checkpoint_uri, "belt.json").exists()

@@ -96,7 +96,7 @@ def test_ctrl_c(slow_corpus, tiny_checkpoint, tmp_path, undisturbed):
     code, said = kill_after_first_receipt(slow_corpus, tiny_checkpoint, output, signal.SIGINT)
 
     assert code == 130
-    assert said == "Interrupted. Finished shards are kept; run the same command again to go on.\n"
+    assert said == "Interrupted. Finished shards, if any, are kept; run the same command again to go on.\n"
     check_that_nothing_is_published(output)
     assert not list(output.rglob("*.tmp"))
     check_that_it_goes_on(slow_corpus, tiny_checkpoint, output, undisturbed)

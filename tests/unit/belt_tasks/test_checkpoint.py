@@ -75,6 +75,15 @@ def test_a_changed_file_is_noticed(tiny_encoder, tmp_path, name):
         checkpoints.load_checkpoint(str(tmp_path / "made"))
 
 
+def test_renamed_labels_are_noticed(tiny_encoder, tmp_path):
+    save(tiny_encoder, str(tmp_path / "made"))
+    card = tmp_path / "made" / "belt.json"
+    card.write_text(card.read_text().replace('"a"', '"renamed"'))
+
+    with pytest.raises(ConfigError, match="damaged checkpoint"):
+        checkpoints.load_checkpoint(str(tmp_path / "made"))
+
+
 def test_other_weights_have_another_digest(tiny_encoder, tmp_path):
     digests = {save(tiny_encoder, str(tmp_path / str(seed)), seed=seed)[1].digest for seed in (0, 1)}
     again = save(tiny_encoder, str(tmp_path / "again"), seed=0)[1].digest

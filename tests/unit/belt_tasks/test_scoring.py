@@ -137,6 +137,11 @@ def test_specs_that_do_not_fit_the_checkpoint_are_refused(tiny_encoder):
         )
 
 
+def test_no_text_is_a_clear_error(tiny_encoder):
+    with pytest.raises(ConfigError, match="at least one text, got none"):
+        scoring.score_texts([], make_checkpoint(tiny_encoder), ScoreSpec())
+
+
 def test_random_chunks_of_a_text_do_not_depend_on_its_neighbours(tiny_encoder):
     chunks = ChunkSpec(chunk_size=10, stride=10, selection="random_k", num_random_chunks=2)
     checkpoint = make_checkpoint(tiny_encoder, chunks=chunks)
