@@ -49,6 +49,7 @@ def encode_windows(
     """
     num_tokens_C = windows.stop_C - windows.start_C + special.num_tokens
     outputs_CK: Tensor | None = None
+    progress.advance("encode", 0, num_more=windows.num_chunks)
     todo = plan_batches(num_tokens_C, max_batch_tokens=batches.max_batch_tokens)[::-1]
     with torch.inference_mode():
         while todo:
@@ -204,7 +205,6 @@ def score_shard(
             if len(block.documents) == 0:
                 continue
             windows = chunk_windows(block.tokens.num_tokens_D, chunks, document_seed_D=block.document_seed_D())
-            progress.advance("encode", 0, num_more=windows.num_chunks)
             with stopwatch.time("encode"):
                 outputs_CK = _encode(checkpoint, block.tokens, windows, spec, device)
                 scores = score_windows(outputs_CK, windows, spec=pooled, head=checkpoint.head)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from belt_tasks import scoring
+from belt_tasks import progress, scoring
 from belt_tasks.checkpoint import Checkpoint
 from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.errors import ConfigError
@@ -158,3 +158,12 @@ def test_the_gpu_agrees_with_the_cpu(tiny_encoder):
     on_gpu = scoring.score_texts(TEXTS, make_checkpoint(tiny_encoder), ScoreSpec(device="cuda"))
 
     np.testing.assert_allclose(on_gpu.logits_DL, on_cpu.logits_DL, atol=1e-4)
+
+
+def test_progress_announces_as_many_chunks_as_it_encodes(tiny_encoder):
+    reports = []
+    with progress.listen(lambda *report: reports.append(report)):
+        scoring.score_texts(TEXTS, make_checkpoint(tiny_encoder), ScoreSpec())
+
+    done, announced = (sum(report[i] or 0 for report in reports) for i in (1, 2))
+    assert done == announced > len(TEXTS)
