@@ -1,4 +1,4 @@
-"""Mini-batches of chunks: which chunks share a forward, and the padded tensors they become.
+"""Mini-batches of chunks: which chunks share a forward, and the tensors they become.
 
 Plans are made across documents, longest chunk first: little padding, and an out-of-memory error shows in the first
 mini-batch rather than after an hour. Which chunks are neighbours never changes a result beyond float noise.
@@ -19,17 +19,32 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class MiniBatch:
-    """B chunks padded to the longest, T tokens."""
+    """B chunks with their special tokens, one after the other: T tokens and no padding."""
 
     rows_B: Int64
     """Where each chunk's output belongs among the C chunks."""
-    input_ids_BT: Tensor
+    input_ids_T: Tensor
     """int64."""
-    attention_mask_BT: Tensor
-    """int64: 1 for content and special tokens, 0 for padding."""
+    num_tokens_B: Int64
+    """Tokens of each chunk, special tokens included."""
+    pad_id: int
+    """What `padded` fills rows with."""
 
     def __len__(self) -> int:
         return len(self.rows_B)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """As Hugging Face models read it: input_ids and attention_mask, int64 [B, longest]."""
+        num_tokens_B1 = torch.from_numpy(self.num_tokens_B)[:, None]
+        filled_BT = torch.arange(int(self.num_tokens_B.max())) < num_tokens_B1
+        input_ids_BT = torch.full(filled_BT.shape, self.pad_id)
+        input_ids_BT[filled_BT] = self.input_ids_T
+        return input_ids_BT, filled_BT.long()
+
+
+def num_positions(plan: list[Int64], num_tokens_C: Int64) -> int:
+    """Positions of a plan's mini-batches when each is padded to its longest chunk."""
+    return sum(len(rows_B) * int(num_tokens_C[rows_B].max()) for rows_B in plan)
 
 
 def plan_batches(num_tokens_C: Int64, *, max_batch_tokens: int) -> list[Int64]:
@@ -61,7 +76,7 @@ def collate(
     first_token_D: Int64,
     special: SpecialTokens,
 ) -> MiniBatch:
-    """Build the padded tensors of one mini-batch.
+    """Put one mini-batch together.
 
     Args:
         rows_B: chunks to take, as row numbers of `windows`.
@@ -71,19 +86,19 @@ def collate(
         special: tokens to put around and behind the content.
     """
     base_B = first_token_D[windows.doc_of_chunk_C[rows_B]]
-    start_B, stop_B = base_B + windows.start_C[rows_B], base_B + windows.stop_C[rows_B]
-    longest = int((stop_B - start_B).max()) + special.num_tokens
-    input_ids_BT = np.full((len(rows_B), longest), special.pad_id, dtype=np.int64)
-    attention_mask_BT = np.zeros((len(rows_B), longest), dtype=np.int64)
-    prefix = len(special.prefix_ids)
-    for row, (start, stop) in enumerate(zip(start_B, stop_B, strict=True)):
-        content = stop - start
-        input_ids_BT[row, :prefix] = special.prefix_ids
-        input_ids_BT[row, prefix : prefix + content] = input_ids_T[start:stop]
-        input_ids_BT[row, prefix + content : content + special.num_tokens] = special.suffix_ids
-        attention_mask_BT[row, : content + special.num_tokens] = 1
+    start_B, length_B = base_B + windows.start_C[rows_B], (windows.stop_C - windows.start_C)[rows_B]
+    num_tokens_B = length_B + special.num_tokens
+    stop_B = np.cumsum(num_tokens_B)
+    first_B = stop_B - num_tokens_B
+    prefix, suffix = len(special.prefix_ids), len(special.suffix_ids)
+    packed_T = np.empty(stop_B[-1], dtype=np.int64)
+    content_first_B = np.cumsum(length_B) - length_B
+    position_T = np.arange(length_B.sum())
+    packed_T[np.repeat(first_B + prefix - content_first_B, length_B) + position_T] = input_ids_T[
+        np.repeat(start_B - content_first_B, length_B) + position_T
+    ]
+    packed_T[first_B[:, None] + np.arange(prefix)] = special.prefix_ids
+    packed_T[stop_B[:, None] - suffix + np.arange(suffix)] = special.suffix_ids
     return MiniBatch(
-        rows_B=rows_B,
-        input_ids_BT=torch.from_numpy(input_ids_BT),
-        attention_mask_BT=torch.from_numpy(attention_mask_BT),
+        rows_B=rows_B, input_ids_T=torch.from_numpy(packed_T), num_tokens_B=num_tokens_B, pad_id=special.pad_id
     )

@@ -13,7 +13,7 @@ import hashlib
 import tempfile
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from belt_tasks import encoder, publishing, storage
+from belt_tasks.engine import ChunkEncoder, build_encoder
 from belt_tasks.errors import ConfigError
-from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Spec
+from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Precision, Spec
 from belt_tasks.tokens import DocumentTokenizer, load_tokenizer
 
 CARD_NAME = "belt.json"
@@ -57,7 +58,7 @@ class Checkpoint:
     """A loaded checkpoint, ready to score."""
 
     model: nn.Module
-    """Maps (input_ids [B, T], attention_mask [B, T]) to chunk outputs [B, K]; in eval mode."""
+    """Maps (input_ids [B, T], attention_mask [B, T]) to chunk outputs [B, K]; in eval mode, fp32, on the CPU."""
     tokenizer: DocumentTokenizer
     head: Head
     chunks: ChunkSpec
@@ -65,6 +66,14 @@ class Checkpoint:
     digest: str
     """64 hex digits that change when weights, tokenizer or config do."""
     uri: str
+    _encoders: dict[tuple[str, Precision], ChunkEncoder] = field(default_factory=dict)
+
+    def encoder(self, device: torch.device, precision: Precision) -> ChunkEncoder:
+        """The model made ready for a device; built once."""
+        key = (str(device), precision)
+        if key not in self._encoders:
+            self._encoders[key] = build_encoder(self.model, device=device, precision=precision)
+        return self._encoders[key]
 
 
 def save_checkpoint(
@@ -84,7 +93,7 @@ def save_checkpoint(
         local = Path(folder)
         model.body.save_pretrained(local)
         save_file(
-            {name: weight.detach().cpu().contiguous() for name, weight in model.head_state().items()},
+            {name: weight.detach().cpu().contiguous() for name, weight in model.head.state_dict().items()},
             local / HEAD_NAME,
         )
         AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(local)
@@ -163,8 +172,8 @@ def load_checkpoint(uri: str) -> Checkpoint:
                 f"{uri}: damaged checkpoint: digest of its files is {digest}, {CARD_NAME} says {card.digest}"
             )
         model = encoder.ChunkModel(encoder.load_body(folder), num_logits=card.head.num_logits, pooling=card.pooling)
-        missing, unexpected = model.load_state_dict(load_file(folder / HEAD_NAME), strict=False)
-        if unexpected or any(not name.startswith("body.") for name in missing):
+        missing, unexpected = model.head.load_state_dict(load_file(folder / HEAD_NAME), strict=False)
+        if missing or unexpected:
             raise ConfigError(f"{uri}: {HEAD_NAME} does not fit the head: missing {missing}, unexpected {unexpected}")
         return Checkpoint(
             model=model.eval(),
@@ -191,19 +200,19 @@ def _finished(folder: Path, uri: str, digest: str) -> Checkpoint:
 
 
 class CheckpointCache:
-    """Loaded checkpoints of this process by URI, digest and device: one load, however many shards are scored."""
+    """Loaded checkpoints of this process by URI and digest: one load, however many shards are scored."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str, str], Checkpoint] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], Checkpoint] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, uri: str, digest: str, device: torch.device) -> Checkpoint:
-        """The checkpoint on a device.
+    def get(self, uri: str, digest: str) -> Checkpoint:
+        """The checkpoint.
 
         Raises:
             ConfigError: it cannot be loaded, or is no longer the one with this digest.
         """
-        key = (uri, digest, str(device))
+        key = (uri, digest)
         with self._lock:
             if key not in self._kept:
                 checkpoint = load_checkpoint(uri)
@@ -211,7 +220,6 @@ class CheckpointCache:
                     raise ConfigError(
                         f"{uri}: the checkpoint changed during the run, from {digest} to {checkpoint.digest}"
                     )
-                checkpoint.model.to(device)
                 self._kept[key] = checkpoint
                 while len(self._kept) > NUM_KEPT:
                     self._kept.popitem(last=False)

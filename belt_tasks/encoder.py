@@ -16,13 +16,11 @@ from belt_tasks.specs import ChunkSpec, Head, PoolingSpec
 from belt_tasks.tokens import SpecialTokens, model_files
 
 
-class ChunkModel(nn.Module):
-    """An encoder body and a linear head on its first token: chunks in, chunk outputs out."""
+class ChunkHead(nn.Module):
+    """A linear head on the first token; for attention pooling it also scores the chunk."""
 
-    def __init__(self, body: PreTrainedModel, *, num_logits: int, pooling: PoolingSpec) -> None:
+    def __init__(self, hidden_size: int, *, num_logits: int, pooling: PoolingSpec) -> None:
         super().__init__()
-        self.body = body
-        hidden_size = body.config.hidden_size
         self.linear = nn.Linear(hidden_size, num_logits)
         self.attention = (
             nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, 1))
@@ -30,18 +28,27 @@ class ChunkModel(nn.Module):
             else None
         )
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    def forward(self, first_token_BH: Tensor) -> Tensor:
         """Chunk outputs [B, K]: L logits and, for attention pooling, one score behind them."""
-        output = self.body(input_ids=input_ids_BT, attention_mask=attention_mask_BT)
-        first_token_BH = output.last_hidden_state[:, 0]
         logits_BL: Tensor = self.linear(first_token_BH)
         if self.attention is None:
             return logits_BL
         return torch.cat([logits_BL, self.attention(first_token_BH)], dim=1)
 
-    def head_state(self) -> dict[str, Tensor]:
-        """Weights that are not the body's."""
-        return {name: weight for name, weight in self.state_dict().items() if not name.startswith("body.")}
+
+class ChunkModel(nn.Module):
+    """An encoder body and belt's head: chunks in, chunk outputs out."""
+
+    def __init__(self, body: PreTrainedModel, *, num_logits: int, pooling: PoolingSpec) -> None:
+        super().__init__()
+        self.body = body
+        self.head = ChunkHead(body.config.hidden_size, num_logits=num_logits, pooling=pooling)
+
+    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Chunk outputs [B, K]."""
+        output = self.body(input_ids=input_ids_BT, attention_mask=attention_mask_BT)
+        outputs_BK: Tensor = self.head(output.last_hidden_state[:, 0])
+        return outputs_BK
 
 
 class FinishedClassifier(nn.Module):
@@ -162,6 +169,11 @@ def check_chunk_size(chunks: ChunkSpec, special: SpecialTokens, readable: int | 
             f"chunk_size must be at most {readable - special.num_tokens} for {source} (it reads {readable} tokens, "
             f"{special.num_tokens} of them special), got {chunks.chunk_size}"
         )
+
+
+def device_name(device: torch.device) -> str:
+    """What people call a device: `cpu`, or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def choose_device(device: str) -> torch.device:

@@ -16,6 +16,7 @@ from belt_tasks import encoder, gradient, heads, metrics, progress, publishing, 
 from belt_tasks.batches import MiniBatch, collate, plan_batches
 from belt_tasks.checkpoint import CARD_NAME, CheckpointCard, save_checkpoint
 from belt_tasks.encoder import ChunkModel
+from belt_tasks.engine import build_encoder
 from belt_tasks.errors import ConfigError
 from belt_tasks.planning import TrainPlan
 from belt_tasks.publishing import Manifest, RunRef
@@ -26,6 +27,8 @@ from belt_tasks.training_set import TrainingSet, load_training_set
 from belt_tasks.windows import Windows, chunk_windows
 
 Int64 = npt.NDArray[np.int64]
+
+BATCH_TOKENS = 8192  # of a forward with a graph, where the spec names none
 
 
 class Epoch(Spec):
@@ -98,13 +101,12 @@ class Trainer:
         windows = self.windows.of_documents(documents)
         self.model.eval()
         outputs_CK = scoring.encode_windows(
-            self.model,
+            build_encoder(self.model, device=self.device, precision="fp32"),
             self.training_set.input_ids_T,
             windows,
             first_token_D=self.training_set.offsets[:-1][documents],
             special=self.special,
             batches=self.spec.batches,
-            device=self.device,
         )
         self.model.train()
         scores = scoring.score_windows(outputs_CK, windows, spec=self.spec.pooling, head=self.training_set.head)
@@ -114,7 +116,9 @@ class Trainer:
 
     def _forward(self, batch: MiniBatch) -> Tensor:
         with self._autocast():
-            return scoring.forward(self.model, batch, self.device)
+            input_ids_BT, attention_mask_BT = batch.padded()
+            outputs_BK: Tensor = self.model(input_ids_BT.to(self.device), attention_mask_BT.to(self.device))
+            return outputs_BK
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.spec.precision == "fp32":
@@ -124,7 +128,7 @@ class Trainer:
 
     def _mini_batches(self, documents: Int64, windows: Windows) -> list[MiniBatch]:
         num_tokens_C = windows.stop_C - windows.start_C + self.special.num_tokens
-        plan = plan_batches(num_tokens_C, max_batch_tokens=self.spec.batches.max_batch_tokens)
+        plan = plan_batches(num_tokens_C, max_batch_tokens=self.spec.batches.max_batch_tokens or BATCH_TOKENS)
         return [
             collate(
                 rows_B,

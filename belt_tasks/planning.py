@@ -28,6 +28,7 @@ class ScorePlan(Spec):
     """Hash of everything that decides a document's scores, besides the document."""
     labels: tuple[str, ...]
     device: str
+    """Its name."""
     duplicates_uri: str | None
 
 
@@ -50,6 +51,7 @@ class TrainPlan(Spec):
     """None where the number of classes will decide between binary and multiclass."""
     label_role: LabelRole
     device: str
+    """Its name."""
     duplicates_uri: str | None
 
 
@@ -71,10 +73,14 @@ def plan_scoring(
     shards = corpora.plan_shards(corpus_uri, corpus)
     checkpoint_uri = storage.absolute(checkpoints.resolve(checkpoint_uri))
     device = encoder.choose_device(spec.device)
-    checkpoint = checkpoints.cache.get(checkpoint_uri, checkpoints.checkpoint_digest(checkpoint_uri), device)
-    spec = scoring.resolve(spec, checkpoint.chunks, checkpoint.pooling)
-    scoring.check_scorable(checkpoint, spec)
-    deciding = {"checkpoint_digest": checkpoint.digest, "chunks": spec.chunks, "pooling": spec.pooling}
+    checkpoint = checkpoints.cache.get(checkpoint_uri, checkpoints.checkpoint_digest(checkpoint_uri))
+    spec = scoring.resolve(checkpoint, spec)
+    deciding = {
+        "checkpoint_digest": checkpoint.digest,
+        "chunks": spec.chunks,
+        "pooling": spec.pooling,
+        "precision": spec.precision,
+    }
     fingerprint = run_id_of([], CorpusSpec(), threshold=spec.threshold, **deciding)
     run = _run(output_uri, run_id_of(shards, corpus, flow="score", scoring_fingerprint=fingerprint), flow="score")
     return ScorePlan(
@@ -85,7 +91,7 @@ def plan_scoring(
         checkpoint_digest=checkpoint.digest,
         scoring_fingerprint=fingerprint,
         labels=checkpoint.head.labels,
-        device=str(device),
+        device=encoder.device_name(device),
         duplicates_uri=_write_duplicates(run, shards, corpus),
     )
 
@@ -143,7 +149,7 @@ def plan_fine_tuning(
         encoder=encoder_source,
         task=task,
         label_role=label_role,
-        device=str(device),
+        device=encoder.device_name(device),
         duplicates_uri=_write_duplicates(run, shards, corpus),
     )
 

@@ -23,8 +23,8 @@ class DocumentScores:
     """Pooled logits."""
     scores_DL: npt.NDArray[np.float64]
     """Probabilities of each label; of regression the value."""
-    top_row_D: npt.NDArray[np.int64]
-    """The row of `windows` that speaks most for the document's highest-scoring label."""
+    top_chunk_D: npt.NDArray[np.int64]
+    """Which of the document's chunks, counted from its first, speaks most for its highest-scoring label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def build(
             "num_tokens": block.tokens.num_tokens_D.astype(np.int32),
             "num_tokens_scored": np.add.reduceat(windows.new_tokens_C(), windows.doc_offsets[:-1]).astype(np.int32),
             "num_chunks": np.diff(windows.doc_offsets).astype(np.int32),
-            "top_chunk": _top_chunks(scores.top_row_D, windows, block.tokens),
+            "top_chunk": _top_chunks(windows.doc_offsets[:-1] + scores.top_chunk_D, windows, block.tokens),
             "content_fingerprint": block.documents["content_fingerprint"].to_arrow().cast(pa.string()),
             "checkpoint_digest": pa.repeat(stamp.checkpoint_digest, num_documents),
             "run_id": pa.repeat(stamp.run_id, num_documents),

@@ -4,7 +4,7 @@ A block is as many documents as fill BLOCK_TOKENS, so memory depends on neither 
 planned over enough chunks that sorting leaves next to no padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,7 @@ def token_blocks(
     duplicates_uri: str | None,
     stopwatch: Stopwatch,
     label_role: LabelRole = "none",
-) -> Iterator[TokenBlock]:
+) -> Generator[TokenBlock]:
     """Read and tokenize a shard, block by block; the last block may hold rejected rows alone.
 
     Args:
@@ -108,10 +108,12 @@ def document_seeds(content_fingerprints_D: pl.Series) -> npt.NDArray[np.int64]:
 
 def count(windows: Windows, tokens: Tokens) -> Counts:
     """The documents, chunks and tokens of one block."""
+    new_tokens_C = windows.new_tokens_C()
     return Counts(
         num_documents=len(tokens.num_tokens_D),
         num_chunks=windows.num_chunks,
         num_tokens=len(tokens.input_ids_T),
-        num_tokens_scored=int(windows.new_tokens_C().sum()),
+        num_tokens_scored=int(new_tokens_C.sum()),
         num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
+        num_redundant_chunks=int(((new_tokens_C == 0) & (windows.chunk_index_C > 0)).sum()),
     )

@@ -25,6 +25,7 @@ import pydantic
 import data_contracts
 from belt_tasks import storage
 from belt_tasks.corpus import ShardRef
+from belt_tasks.cost import peak_flops
 from belt_tasks.errors import ConfigError, ContractError
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
 from belt_tasks.specs import CorpusSpec, Spec
@@ -245,6 +246,7 @@ def read_table(output_uri: str, table: str, *, columns: list[str] | None = None)
 def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], started_at: datetime) -> dict[str, Any]:
     counts = total(receipts)
     finished_at = datetime.now(UTC)
+    flops_per_s = _share(counts.needed_flops or None, counts.encode_s)
     schema = data_contracts.arrow_schema("runs")
     values = {name: getattr(counts, name) for name in Counts.model_fields if name in schema.names}
     values |= {
@@ -252,7 +254,11 @@ def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], sta
         "output_uri": run.output_uri,
         "num_shards": len(receipts),
         "elapsed_s": (finished_at - started_at).total_seconds(),
-        "tokens_per_s": counts.num_tokens_encoded / counts.encode_s if counts.encode_s > 0 else None,
+        "tokens_per_s": _share(counts.num_tokens_encoded, counts.encode_s),
+        "padding_share": _share(counts.num_padding, counts.num_positions),
+        "redundant_chunk_share": _share(counts.num_redundant_chunks, counts.num_chunks),
+        "flops_per_s": flops_per_s,
+        "peak_share": _share(flops_per_s, peak_flops(row.get("device"), row.get("precision"))),
         "belt_version": version("belt"),
         "torch_version": version("torch"),
         "transformers_version": version("transformers"),
@@ -265,3 +271,8 @@ def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], sta
     if violations:
         raise ContractError(data_contracts.message(violations, "runs", f"run {run.run_id}"))
     return values | {"started_at": started_at.isoformat(), "finished_at": finished_at.isoformat()}
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    """None where there is nothing to divide, or nothing to divide it by."""
+    return part / whole if part is not None and whole else None

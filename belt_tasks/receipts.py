@@ -21,7 +21,10 @@ class FileReceipt(Spec):
 
 
 class Counts(Spec):
-    """How much was done, and how long each part of it took. Counts of shards add up to those of a run."""
+    """How much was done, and how long each part of it took. Counts of shards add up to those of a run.
+
+    Parts run beside each other, so their seconds may exceed those on the clock.
+    """
 
     num_documents: int = 0
     """Documents fit for use."""
@@ -35,6 +38,16 @@ class Counts(Spec):
     """Different content tokens that a chunk covers."""
     num_tokens_encoded: int = 0
     """Content tokens of all chunks: those in an overlap count each time."""
+    num_documents_reused: int = 0
+    """Documents with the text of another one of the run, whose scores they share: not encoded."""
+    num_redundant_chunks: int = 0
+    """Chunks that lie wholly inside those before them: `drop_contained_tail` omits them."""
+    num_positions: int = 0
+    """Token positions that the encoder computed: content, special tokens and padding."""
+    num_padding: int = 0
+    """Those of them that were padding."""
+    needed_flops: float = 0.0
+    """Floating-point operations that the scores need, whatever was computed; see `cost.needed_flops`."""
     read_s: float = 0.0
     tokenize_s: float = 0.0
     encode_s: float = 0.0

@@ -1,86 +1,67 @@
-"""Scoring: tokens to predictions. Chunks of many documents share mini-batches; results are written by index."""
+"""Scoring: tokens to document scores. Chunks of many documents share mini-batches; results are written by index."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from belt_tasks import encoder, heads, pooling, predictions, prepare, progress, publishing
-from belt_tasks.batches import MiniBatch, collate, plan_batches
-from belt_tasks.checkpoint import Checkpoint, cache
-from belt_tasks.corpus import ShardRef
+from belt_tasks import encoder, engine, heads, pooling, prepare, progress, workers
+from belt_tasks.batches import collate, num_positions, plan_batches
+from belt_tasks.checkpoint import Checkpoint
+from belt_tasks.cost import needed_flops
+from belt_tasks.engine import ChunkEncoder
 from belt_tasks.errors import ConfigError
 from belt_tasks.predictions import DocumentScores
-from belt_tasks.publishing import RunRef, ShardWriter
-from belt_tasks.receipts import Counts, ShardReceipt, Stopwatch
-from belt_tasks.specs import BatchSpec, ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
+from belt_tasks.receipts import Counts
+from belt_tasks.specs import BatchSpec, ChunkSpec, Head, PoolingSpec, ScoreSpec
 from belt_tasks.tokens import SpecialTokens, Tokens
 from belt_tasks.windows import Windows, chunk_windows
 
+Int64 = npt.NDArray[np.int64]
+
 
 def encode_windows(
-    model: nn.Module,
+    encoder: ChunkEncoder,
     input_ids_T: npt.NDArray[np.int32],
     windows: Windows,
     *,
     first_token_D: npt.NDArray[np.int64],
     special: SpecialTokens,
     batches: BatchSpec,
-    device: torch.device,
 ) -> Tensor:
     """Chunk outputs of all windows: float32 [C, K] on the CPU, in the order of the windows.
 
     Out of memory on the device, a mini-batch is halved, down to one chunk.
 
     Args:
-        model: maps (input_ids [B, T], attention_mask [B, T]) to chunk outputs [B, K].
+        encoder: chunks in, chunk outputs out.
         input_ids_T: content tokens of all documents.
         windows: of D documents, at least one.
         first_token_D: where each of these documents begins in `input_ids_T`.
         special: tokens to put around and behind the content.
         batches: the budget of a mini-batch.
-        device: where the model is.
 
     Raises:
         torch.OutOfMemoryError: one chunk alone does not fit.
     """
-    num_tokens_C = windows.stop_C - windows.start_C + special.num_tokens
-    outputs_CK: Tensor | None = None
     progress.advance("encode", 0, num_more=windows.num_chunks)
-    todo = plan_batches(num_tokens_C, max_batch_tokens=batches.max_batch_tokens)[::-1]
-    with torch.inference_mode():
-        while todo:
-            rows_B = todo.pop()
-            batch = collate(
-                rows_B, input_ids_T=input_ids_T, windows=windows, first_token_D=first_token_D, special=special
-            )
-            try:
-                outputs_BK = forward(model, batch, device).float().cpu()
-            except torch.OutOfMemoryError:
-                if len(rows_B) == 1:
-                    raise
-                torch.cuda.empty_cache()
-                todo += [rows_B[len(rows_B) // 2 :], rows_B[: len(rows_B) // 2]]
-                continue
-            if outputs_CK is None:
-                outputs_CK = torch.empty((windows.num_chunks, outputs_BK.shape[1]))
-            outputs_CK[torch.from_numpy(rows_B)] = outputs_BK
-            progress.advance("encode", len(rows_B))
-    if outputs_CK is None:
-        raise AssertionError("every document has a chunk, so there is a mini-batch")
-    return outputs_CK
-
-
-def forward(model: nn.Module, batch: MiniBatch, device: torch.device) -> Tensor:
-    """Chunk outputs of one mini-batch, [B, K] on the device."""
-    outputs_BK: Tensor = model(
-        batch.input_ids_BT.to(device, non_blocking=True),
-        batch.attention_mask_BT.to(device, non_blocking=True),
+    return workers.encode_all(
+        encoder,
+        plan_batches(
+            windows.stop_C - windows.start_C + special.num_tokens,
+            max_batch_tokens=batches.max_batch_tokens or encoder.batch_tokens,
+        ),
+        lambda rows_B: collate(
+            rows_B, input_ids_T=input_ids_T, windows=windows, first_token_D=first_token_D, special=special
+        ),
+        on_done=lambda num_chunks: progress.advance("encode", num_chunks),
     )
-    return outputs_BK
 
 
 def pool_windows(outputs_CK: Tensor, windows: Windows, *, spec: PoolingSpec, head: Head) -> Tensor:
@@ -116,22 +97,29 @@ def score_windows(outputs_CK: Tensor, windows: Windows, *, spec: PoolingSpec, he
     return DocumentScores(
         logits_DL=logits_DL.numpy(),
         scores_DL=scores_DL.numpy(),
-        top_row_D=pooling.winning_chunk(evidence_C, doc_of_chunk_C, len(scores_DL)).numpy(),
+        top_chunk_D=pooling.winning_chunk(evidence_C, doc_of_chunk_C, len(scores_DL)).numpy()
+        - windows.doc_offsets[:-1],
     )
 
 
-def resolve(spec: ScoreSpec, chunks: ChunkSpec, pooled: PoolingSpec) -> ScoreSpec:
-    """Fill what a spec leaves to the checkpoint."""
-    return spec.model_copy(update={"chunks": spec.chunks or chunks, "pooling": spec.pooling or pooled})
+def resolve(checkpoint: Checkpoint, spec: ScoreSpec) -> ScoreSpec:
+    """Fill what a spec leaves to the checkpoint and the device, and check that all of it fits.
+
+    Raises:
+        ConfigError: it does not, or the device is not there.
+    """
+    chunks, pooled = spec.chunks or checkpoint.chunks, spec.pooling or checkpoint.pooling
+    check_scorable(checkpoint, chunks, pooled)
+    precision = engine.choose_precision(spec.precision, encoder.choose_device(spec.device))
+    return spec.model_copy(update={"chunks": chunks, "pooling": pooled, "precision": precision})
 
 
-def check_scorable(checkpoint: Checkpoint, spec: ScoreSpec) -> None:
-    """Refuse specs that do not fit a checkpoint.
+def check_scorable(checkpoint: Checkpoint, chunks: ChunkSpec, pooled: PoolingSpec) -> None:
+    """Refuse windows and pooling that do not fit a checkpoint.
 
     Raises:
         ConfigError: chunks longer than the encoder reads, or attention pooling where none was learned.
     """
-    chunks, pooled = _windows_and_pooling(spec)
     encoder.check_chunk_size(
         chunks, checkpoint.tokenizer.special, encoder.num_positions(checkpoint.model), source=checkpoint.uri
     )
@@ -143,102 +131,77 @@ def check_scorable(checkpoint: Checkpoint, spec: ScoreSpec) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A checkpoint under one spec, ready to score."""
+
+    checkpoint: Checkpoint
+    encoder: ChunkEncoder
+    chunks: ChunkSpec
+    pooling: PoolingSpec
+    batches: BatchSpec
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, spec: ScoreSpec) -> Self:
+        """Resolve a spec and choose the encoder.
+
+        Raises:
+            ConfigError: the spec does not fit the checkpoint or the device.
+        """
+        spec = resolve(checkpoint, spec)
+        if spec.chunks is None or spec.pooling is None or spec.precision is None:
+            raise AssertionError("resolve() leaves nothing open")
+        return cls(
+            checkpoint=checkpoint,
+            encoder=checkpoint.encoder(encoder.choose_device(spec.device), spec.precision),
+            chunks=spec.chunks,
+            pooling=spec.pooling,
+            batches=spec.batches,
+        )
+
+    def windows(self, tokens: Tokens, content_fingerprints_D: pl.Series) -> Windows:
+        """Cut documents; what is random depends on their contents alone."""
+        seeds_D = prepare.document_seeds(content_fingerprints_D) if self.chunks.selection == "random_k" else None
+        return chunk_windows(tokens.num_tokens_D, self.chunks, document_seed_D=seeds_D)
+
+    def score(self, tokens: Tokens, windows: Windows, documents: Int64) -> DocumentScores:
+        """Score some of the documents, at least one."""
+        chosen = windows.of_documents(documents)
+        outputs_CK = encode_windows(
+            self.encoder,
+            tokens.input_ids_T,
+            chosen,
+            first_token_D=tokens.offsets[:-1][documents],
+            special=self.checkpoint.tokenizer.special,
+            batches=self.batches,
+        )
+        return score_windows(outputs_CK, chosen, spec=self.pooling, head=self.checkpoint.head)
+
+    def cost(self, windows: Windows) -> Counts:
+        """What it takes to encode some windows, besides seconds."""
+        num_tokens_C = windows.stop_C - windows.start_C + self.checkpoint.tokenizer.special.num_tokens
+        num_tokens = int(num_tokens_C.sum())
+        plan = plan_batches(num_tokens_C, max_batch_tokens=self.batches.max_batch_tokens or self.encoder.batch_tokens)
+        computed = num_positions(plan, num_tokens_C) if self.encoder.pads else num_tokens
+        config = next(
+            module for module in self.checkpoint.model.modules() if isinstance(module, PreTrainedModel)
+        ).config
+        return Counts(
+            num_positions=computed,
+            num_padding=computed - num_tokens,
+            needed_flops=needed_flops(config, num_tokens_C) or 0.0,
+        )
+
+
 def score_texts(texts: Sequence[str], checkpoint: Checkpoint, spec: ScoreSpec) -> DocumentScores:
     """Score texts in memory: the same path as a shard's, without tables.
 
     Raises:
-        ConfigError: there is no text, or the spec does not fit the checkpoint.
+        ConfigError: there is no text, or the spec does not fit the checkpoint or the device.
     """
     if not texts:
         raise ConfigError("texts must hold at least one text, got none")
-    spec = resolve(spec, checkpoint.chunks, checkpoint.pooling)
-    check_scorable(checkpoint, spec)
-    chunks, pooled = _windows_and_pooling(spec)
-    device = encoder.choose_device(spec.device)
-    checkpoint.model.to(device)
+    scorer = Scorer.of(checkpoint, spec)
     tokens = checkpoint.tokenizer.tokenize(texts)
-    seeds_D = prepare.document_seeds(prepare.content_fingerprints(texts)) if chunks.selection == "random_k" else None
-    windows = chunk_windows(tokens.num_tokens_D, chunks, document_seed_D=seeds_D)
-    outputs_CK = _encode(checkpoint, tokens, windows, spec, device)
-    return score_windows(outputs_CK, windows, spec=pooled, head=checkpoint.head)
-
-
-def score_shard(
-    shard: ShardRef,
-    corpus: CorpusSpec,
-    spec: ScoreSpec,
-    *,
-    run: RunRef,
-    checkpoint_uri: str,
-    checkpoint_digest: str,
-    duplicates_uri: str | None,
-) -> ShardReceipt:
-    """Score one shard and write its predictions and rejected rows, unless an earlier attempt did.
-
-    Args:
-        shard: what to read.
-        corpus: columns, and the split whose rows are wanted.
-        spec: resolved, that is with chunks and pooling.
-        run: where to write.
-        checkpoint_uri: what to score with.
-        checkpoint_digest: the checkpoint that the run began with.
-        duplicates_uri: table of rows whose doc_id came before; None where there is none.
-
-    Raises:
-        ShardError: the shard cannot be read.
-        ConfigError: the checkpoint cannot be loaded, or changed during the run.
-    """
-    finished = publishing.finished_shard(run, shard)
-    if finished is not None:
-        progress.advance("tokenize", shard.num_rows)
-        return finished
-    device = encoder.choose_device(spec.device)
-    checkpoint = cache.get(checkpoint_uri, checkpoint_digest, device)
-    chunks, pooled = _windows_and_pooling(spec)
-    stopwatch, counts = Stopwatch(), Counts()
-    blocks = prepare.token_blocks(
-        shard, corpus, checkpoint.tokenizer, duplicates_uri=duplicates_uri, stopwatch=stopwatch
-    )
-    with ShardWriter.open(run, shard, table="predictions") as writer:
-        for block in blocks:
-            writer.reject(block.rejected)
-            if len(block.documents) == 0:
-                continue
-            windows = chunk_windows(block.tokens.num_tokens_D, chunks, document_seed_D=block.document_seed_D())
-            with stopwatch.time("encode"):
-                outputs_CK = _encode(checkpoint, block.tokens, windows, spec, device)
-                scores = score_windows(outputs_CK, windows, spec=pooled, head=checkpoint.head)
-            with stopwatch.time("write"):
-                good, bad = predictions.build(
-                    block,
-                    windows,
-                    scores,
-                    head=checkpoint.head,
-                    threshold=spec.threshold,
-                    stamp=predictions.Stamp(
-                        run_id=run.run_id, checkpoint_digest=checkpoint_digest, scored_at=datetime.now(UTC)
-                    ),
-                    source_uri=shard.uri,
-                )
-                writer.write(good)
-                writer.reject(bad)
-            counts += prepare.count(windows, block.tokens).model_copy(update={"num_documents": good.num_rows})
-    return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
-
-
-def _encode(checkpoint: Checkpoint, tokens: Tokens, windows: Windows, spec: ScoreSpec, device: torch.device) -> Tensor:
-    return encode_windows(
-        checkpoint.model,
-        tokens.input_ids_T,
-        windows,
-        first_token_D=tokens.offsets[:-1],
-        special=checkpoint.tokenizer.special,
-        batches=spec.batches,
-        device=device,
-    )
-
-
-def _windows_and_pooling(spec: ScoreSpec) -> tuple[ChunkSpec, PoolingSpec]:
-    if spec.chunks is None or spec.pooling is None:
-        raise AssertionError("resolve() the spec first")
-    return spec.chunks, spec.pooling
+    windows = scorer.windows(tokens, prepare.content_fingerprints(texts))
+    return scorer.score(tokens, windows, np.arange(len(texts)))

@@ -81,8 +81,8 @@ class PoolingSpec(Spec):
 class BatchSpec(Spec):
     """How chunks are put into mini-batches."""
 
-    max_batch_tokens: int = Field(default=8192, ge=1)
-    """Budget of one forward: chunks x longest chunk, special tokens and padding included (at least one chunk)."""
+    max_batch_tokens: int | None = Field(default=None, ge=1)
+    """Budget of one forward: chunks x longest chunk, specials included (at least one chunk); None suits the device."""
 
 
 class Head(Spec):
@@ -152,6 +152,9 @@ class ScoreSpec(Spec):
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
+
+    precision: Precision | None = None
+    """fp32, bf16 or fp16 of the encoder; None is fp32 on a CPU, and bf16 (fp16 where that is missing) on a GPU."""
 
     threshold: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Probability from which a multilabel document carries a label."""

@@ -45,7 +45,8 @@ def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
                 ["documents", f"{run['num_documents']:,}"],
                 ["rejected rows", _rejected(run["num_rejected"], manifest.rejected_by_reason)],
                 ["content tokens", _tokens(run)],
-                *([["chunks", f"{run['num_chunks']:,}"]] if run["num_chunks"] else []),
+                *([["chunks", _chunks(run)]] if run["num_chunks"] else []),
+                *_cost(run),
                 ["shards", f"{run['num_shards']:,}"],
                 ["wall clock", _seconds(run["elapsed_s"])],
             ],
@@ -191,6 +192,24 @@ def _tokens(run: dict[str, Any]) -> str:
     if run["num_tokens"] == 0 or run["num_chunks"] == 0:
         return f"{run['num_tokens']:,}"
     return f"{run['num_tokens']:,}, {run['num_tokens_scored'] / run['num_tokens']:.1%} of them in a chunk"
+
+
+def _chunks(run: dict[str, Any]) -> str:
+    redundant = run["redundant_chunk_share"]
+    return _count(run["num_chunks"]) + (f", {redundant:.1%} of them redundant" if redundant else "")
+
+
+def _cost(run: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    if run["num_documents_reused"]:
+        rows.append(["documents with another's text, not encoded", _count(run["num_documents_reused"])])
+    if run["padding_share"] is not None:
+        rows.append(["padding", f"{run['padding_share']:.1%} of what was computed"])
+    if run["flops_per_s"] is not None:
+        share = "" if run["peak_share"] is None else f", {run['peak_share']:.1%} of its peak"
+        speed = f"{run['flops_per_s'] / 1e9:,.0f} GFLOP/s in {run['precision']} on {run['device']}{share}"
+        rows.append(["arithmetic that the scores need", speed])
+    return rows
 
 
 def _rate(run: dict[str, Any], stage: str) -> str:

@@ -47,6 +47,7 @@ from flows.options import (
     OwnStride,
     PoolingSpace,
     PoolingStrategy,
+    ScorePrecision,
     Selection,
     Split,
     SplitColumn,
@@ -108,6 +109,7 @@ def score(
     pooling_space: OwnPoolingSpace = None,
     max_batch_tokens: MaxBatchTokens = None,
     device: Device = None,
+    precision: ScorePrecision = None,
     threshold: Threshold = None,
 ) -> None:
     """Score every document of CORPUS and publish the predictions. Windows and pooling default to the checkpoint's."""
@@ -145,6 +147,7 @@ def evaluate(
     pooling_space: OwnPoolingSpace = None,
     max_batch_tokens: MaxBatchTokens = None,
     device: Device = None,
+    precision: ScorePrecision = None,
     threshold: Threshold = None,
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""

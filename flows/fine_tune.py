@@ -53,6 +53,7 @@ def fine_tune(
                 "checkpoint_uri": trained.checkpoint_uri,
                 "checkpoint_digest": trained.checkpoint_digest,
                 "device": plan.device,
+                "precision": spec.precision,
                 "spec": spec.model_dump_json(),
                 **trained.counts(),
             },

@@ -83,6 +83,7 @@ PoolingStrategy = Annotated[str | None, option(specs.PoolingSpec, "pooling_strat
 PoolingSpace = Annotated[str | None, option(specs.PoolingSpec, "pooling_space")]
 MaxBatchTokens = Annotated[str | None, option(specs.BatchSpec, "max_batch_tokens")]
 Device = Annotated[str | None, option(specs.ScoreSpec, "device")]
+ScorePrecision = Annotated[str | None, option(specs.ScoreSpec, "precision", default="what suits the device")]
 Threshold = Annotated[str | None, option(specs.ScoreSpec, "threshold")]
 
 # scoring takes from the checkpoint what is left out

@@ -53,6 +53,7 @@ def score(
                 "checkpoint_digest": plan.checkpoint_digest,
                 "scoring_fingerprint": plan.scoring_fingerprint,
                 "device": plan.device,
+                "precision": plan.spec.precision,
                 "spec": plan.spec.model_dump_json(),
             },
             labels=plan.labels,

@@ -15,7 +15,17 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task
 
-from belt_tasks import chunks, demo, evaluation, fine_tuning, planning, progress, publishing, scoring, training_set
+from belt_tasks import (
+    chunks,
+    demo,
+    evaluation,
+    fine_tuning,
+    planning,
+    progress,
+    publishing,
+    shard_scoring,
+    training_set,
+)
 from belt_tasks.errors import ShardError, TransientError
 
 P = ParamSpec("P")
@@ -50,7 +60,7 @@ plan_chunking = bind(planning.plan_chunking)
 plan_fine_tuning = bind(planning.plan_fine_tuning)
 plan_evaluation = bind(planning.plan_evaluation)
 
-score_shard = bind(scoring.score_shard, task_run_name="score-{shard.key}")
+score_shard = bind(shard_scoring.score_shard, task_run_name="score-{shard.key}")
 chunk_shard = bind(chunks.chunk_shard, task_run_name="chunk-{shard.key}")
 prepare_shard = bind(training_set.prepare_shard, task_run_name="prepare-{shard.key}")
 fine_tune_prepared = bind(fine_tuning.fine_tune_prepared)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_contracts
-from belt_tasks import corpus, planning, prepare, publishing, scoring, storage
+from belt_tasks import corpus, planning, prepare, publishing, shard_scoring, storage
 from belt_tasks.receipts import Stopwatch, total
 from belt_tasks.specs import BatchSpec, CorpusSpec, ScoreSpec
 from belt_tasks.tokens import load_tokenizer
@@ -101,7 +101,7 @@ def score(corpus_uri, checkpoint_uri, output_uri, spec=CPU):
     columns, started_at = CorpusSpec(), datetime.now(UTC)
     plan = planning.plan_scoring(corpus_uri, checkpoint_uri, output_uri, columns, spec)
     receipts = [
-        scoring.score_shard(
+        shard_scoring.score_shard(
             shard,
             columns,
             plan.spec,

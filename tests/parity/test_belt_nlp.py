@@ -79,9 +79,10 @@ def test_input_ids_equal_those_of_belt_nlp(minilm, text, maximal_text_length):
         special=tokenizer.special,
     )
 
-    width = ours.input_ids_BT.shape[1]  # they pad to 512, belt to the longest
-    assert torch.equal(ours.input_ids_BT, their_ids[:, :width])
-    assert torch.equal(ours.attention_mask_BT, their_mask[:, :width].long())
+    input_ids_BT, attention_mask_BT = ours.padded()
+    width = input_ids_BT.shape[1]  # they pad to 512, belt to the longest
+    assert torch.equal(input_ids_BT, their_ids[:, :width])
+    assert torch.equal(attention_mask_BT, their_mask[:, :width].long())
     assert not their_mask[:, width:].any()
 
 
@@ -168,7 +169,7 @@ def twins(encoder, *, strategy, num_labels, learning_rate=1e-4, epochs=1, batch_
     tokenizer = load_tokenizer(encoder)
     tokens = tokenizer.tokenize(TEXTS)
     model = ChunkModel(load_body(encoder, dropout=0.0), num_logits=head.num_logits, pooling=spec.pooling)
-    model.linear.load_state_dict(network.linear.state_dict())
+    model.head.linear.load_state_dict(network.linear.state_dict())
     trainer = fine_tuning.Trainer(
         model=model,
         training_set=TrainingSet(
@@ -232,7 +233,7 @@ def test_pooled_logits_equal_for_real_weights(minilm):
         **WINDOWS,
     )
     model = ChunkModel(load_body(minilm), num_logits=2, pooling=PoolingSpec())
-    model.linear.load_state_dict(network.linear.state_dict())
+    model.head.linear.load_state_dict(network.linear.state_dict())
     checkpoint = Checkpoint(
         model=model.eval(),
         tokenizer=load_tokenizer(minilm),
@@ -289,7 +290,7 @@ def test_fine_tuning_gives_the_same_losses_and_weights(
     assert len(our_losses) == len(their_losses) == 6
     np.testing.assert_allclose(our_losses, their_losses, atol=1e-4)
     assert abs(our_losses[0] - our_losses[3]) > 1e-2  # something was learned
-    torch.testing.assert_close(trainer.model.linear.weight, theirs.neural_network.linear.weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trainer.model.head.linear.weight, theirs.neural_network.linear.weight, atol=1e-4, rtol=0)
 
 
 def recorded(kind, losses):

@@ -41,11 +41,16 @@ def test_rows_are_special_content_special_padding(num_tokens, data):
     batch = collate(rows, input_ids_T=input_ids_T, windows=windows, first_token_D=offsets[:-1], special=SPECIAL)
 
     assert len(batch) == len(rows)
-    assert batch.input_ids_BT.shape == batch.attention_mask_BT.shape
-    for row, ids, mask in zip(rows, batch.input_ids_BT.tolist(), batch.attention_mask_BT.tolist(), strict=True):
+    input_ids_BT, attention_mask_BT = batch.padded()
+    assert input_ids_BT.shape == attention_mask_BT.shape
+    packed = []
+    for row, ids, mask in zip(rows, input_ids_BT.tolist(), attention_mask_BT.tolist(), strict=True):
         document = windows.doc_of_chunk_C[row]
         start, stop = offsets[document] + windows.start_C[row], offsets[document] + windows.stop_C[row]
         expected = [101, *input_ids_T[start:stop].tolist(), 102, 103]
         assert ids == expected + [9] * (len(ids) - len(expected))
         assert mask == [1] * len(expected) + [0] * (len(ids) - len(expected))
-    assert (batch.attention_mask_BT.sum(dim=1) == batch.input_ids_BT.shape[1]).any()  # padded to the longest, no more
+        packed += expected
+    assert batch.input_ids_T.tolist() == packed
+    assert batch.num_tokens_B.sum() == len(packed)
+    assert (attention_mask_BT.sum(dim=1) == input_ids_BT.shape[1]).any()  # padded to the longest, no more

@@ -130,10 +130,10 @@ def test_a_finished_classifier_is_a_checkpoint(tmp_path):
 def test_the_cache_loads_once_and_notices_a_change(tiny_encoder, tmp_path):
     uri = str(tmp_path / "made")
     digest = save(tiny_encoder, uri)[1].digest
-    cache, cpu = checkpoints.CheckpointCache(), torch.device("cpu")
+    cache = checkpoints.CheckpointCache()
 
-    first = cache.get(uri, digest, cpu)
+    first = cache.get(uri, digest)
 
-    assert cache.get(uri, digest, cpu) is first
+    assert cache.get(uri, digest) is first
     with pytest.raises(ConfigError, match="changed during the run"):
-        cache.get(uri, "0" * 64, cpu)
+        cache.get(uri, "0" * 64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import evaluation, planning, publishing, scoring, storage
+from belt_tasks import evaluation, planning, publishing, shard_scoring, storage
 from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.errors import ConfigError
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
@@ -41,7 +41,7 @@ def evaluate(encoder, corpus_uri, tmp_path, task):
     labelled = planning.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
     plan = planning.plan_scoring(corpus_uri, checkpoint_uri, str(tmp_path / "out"), corpus, ScoreSpec())
     receipts = [
-        scoring.score_shard(
+        shard_scoring.score_shard(
             shard,
             corpus,
             plan.spec,

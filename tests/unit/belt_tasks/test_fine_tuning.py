@@ -90,7 +90,7 @@ def test_accumulated_batches_are_one_large_batch(tiny_encoder, tmp_path):
             [{"documents_per_batch": 14}, {"documents_per_batch": 7, "accumulation_steps": 2}]
         )
     ]
-    weights = [checkpoints.load_checkpoint(str(tmp_path / str(i))).model.linear.weight for i in range(2)]
+    weights = [checkpoints.load_checkpoint(str(tmp_path / str(i))).model.head.linear.weight for i in range(2)]
 
     assert losses[0].epochs[0].training_loss == pytest.approx(losses[1].epochs[0].training_loss, rel=1e-4)
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
@@ -101,14 +101,14 @@ def test_the_best_epoch_is_kept(tiny_encoder, tmp_path, monkeypatch):
     states = []
 
     def evaluate(trainer, _documents):
-        states.append(trainer.model.linear.weight.detach().clone())
+        states.append(trainer.model.head.linear.weight.detach().clone())
         return next(measured)
 
     monkeypatch.setattr(fine_tuning.Trainer, "evaluate", evaluate)
     receipt = run(tiny_encoder, tmp_path / "made")
 
     assert receipt.best_epoch == 2
-    saved = checkpoints.load_checkpoint(str(tmp_path / "made")).model.linear.weight
+    saved = checkpoints.load_checkpoint(str(tmp_path / "made")).model.head.linear.weight
     assert torch.equal(saved, states[1])
     assert not torch.equal(saved, states[2])
     card = json.loads(Path(tmp_path / "made" / "belt.json").read_text())

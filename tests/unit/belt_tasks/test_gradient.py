@@ -61,7 +61,7 @@ def one_pass(trainer):
     """Loss and gradients from one graph over all mini-batches, with nothing of belt's gradient code."""
     documents = np.arange(3)
     batches = trainer._mini_batches(documents, trainer.windows)
-    outputs = torch.cat([trainer.model(batch.input_ids_BT, batch.attention_mask_BT) for batch in batches])
+    outputs = torch.cat([trainer.model(*batch.padded()) for batch in batches])
     order = torch.argsort(torch.cat([torch.from_numpy(batch.rows_B) for batch in batches]))
     head = trainer.training_set.head
     pooled = pool_windows(outputs[order], trainer.windows, spec=trainer.spec.pooling, head=head)

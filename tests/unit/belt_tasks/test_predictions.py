@@ -33,9 +33,9 @@ def build(tiny_encoder):
     )
 
     def call(head, logits_DL, scores_DL, *, threshold=0.5, last_chunk=False):
-        rows = windows.doc_offsets[1:] - 1 if last_chunk else windows.doc_offsets[:-1]
+        rows = np.diff(windows.doc_offsets) - 1 if last_chunk else np.zeros(3, dtype=np.int64)
         scores = DocumentScores(
-            logits_DL=np.array(logits_DL, dtype=np.float32), scores_DL=np.array(scores_DL), top_row_D=rows
+            logits_DL=np.array(logits_DL, dtype=np.float32), scores_DL=np.array(scores_DL), top_chunk_D=rows
         )
         return predictions.build(
             block, windows, scores, head=head, threshold=threshold, stamp=STAMP, source_uri="file.parquet"

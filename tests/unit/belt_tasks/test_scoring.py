@@ -50,34 +50,6 @@ def test_documents_of_this_test_differ(tiny_encoder):
     assert len(np.unique(found.round(4), axis=0)) == len(TEXTS)
 
 
-def test_out_of_memory_halves_the_mini_batch_and_goes_on(tiny_encoder):
-    checkpoint = make_checkpoint(tiny_encoder)
-    expected = scoring.score_texts(TEXTS, checkpoint, ScoreSpec())
-    sizes = []
-
-    def out_of_memory_beyond_two_chunks(_module, inputs):
-        sizes.append(len(inputs[0]))
-        if len(inputs[0]) > 2:
-            raise torch.OutOfMemoryError("not that many")
-
-    checkpoint.model.register_forward_pre_hook(out_of_memory_beyond_two_chunks)
-    found = scoring.score_texts(TEXTS, checkpoint, ScoreSpec())
-
-    assert max(sizes) > 8
-    np.testing.assert_allclose(found.logits_DL, expected.logits_DL, atol=1e-5)
-
-
-def test_one_chunk_that_does_not_fit_is_an_error(tiny_encoder):
-    checkpoint = make_checkpoint(tiny_encoder)
-
-    def always_out_of_memory(*_):
-        raise torch.OutOfMemoryError("no")
-
-    checkpoint.model.register_forward_pre_hook(always_out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        scoring.score_texts(TEXTS, checkpoint, ScoreSpec())
-
-
 def one_document(*spans):
     start, stop = np.array(spans).T
     return Windows(
@@ -97,8 +69,8 @@ def test_the_top_chunk_gives_the_label_its_highest_probability():
     )
 
     assert mean.scores_DL.argmax() == 1
-    assert mean.top_row_D.tolist() == [1]
-    assert largest.top_row_D.tolist() == [0]  # of max pooling, the chunk that won
+    assert mean.top_chunk_D.tolist() == [1]
+    assert largest.top_chunk_D.tolist() == [0]  # of max pooling, the chunk that won
 
 
 def test_a_chunk_without_weight_is_never_the_top_chunk():
@@ -109,7 +81,7 @@ def test_a_chunk_without_weight_is_never_the_top_chunk():
         torch.tensor([[1.0], [2.0], [9.0]]), one_document((0, 10), (5, 15), (10, 15)), spec=spec, head=head
     )
 
-    assert found.top_row_D.tolist() == [1]
+    assert found.top_chunk_D.tolist() == [1]
 
 
 def test_the_top_chunk_of_a_negative_document_speaks_against():
@@ -121,7 +93,7 @@ def test_the_top_chunk_of_a_negative_document_speaks_against():
     )
 
     assert found.scores_DL.argmax() == 0
-    assert found.top_row_D.tolist() == [1]
+    assert found.top_chunk_D.tolist() == [1]
 
 
 def test_specs_that_do_not_fit_the_checkpoint_are_refused(tiny_encoder):

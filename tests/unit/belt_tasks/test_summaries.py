@@ -28,6 +28,13 @@ def manifest(**changes) -> Manifest:
         "encode_s": 50.0,
         "write_s": 0.0,
         "tokens_per_s": 21_000.4,
+        "num_documents_reused": 0,
+        "padding_share": None,
+        "redundant_chunk_share": None,
+        "flops_per_s": None,
+        "peak_share": None,
+        "precision": None,
+        "device": "cpu",
         "finished_at": (ASKED_AT + timedelta(minutes=1)).isoformat(),
     }
     return Manifest(
@@ -65,6 +72,29 @@ def test_run_summary():
         "- predictions: `s3://bucket/out/runs/0123456789abcdef/predictions/*.parquet`",
         "- rejected: `s3://bucket/out/runs/0123456789abcdef/rejected/*.parquet`",
     ]
+
+
+def test_the_cost_of_a_run_is_told_where_it_is_known():
+    told = summaries.run_summary(
+        manifest(
+            num_documents_reused=45,
+            padding_share=0.0312,
+            redundant_chunk_share=0.25,
+            flops_per_s=3.2e14,
+            peak_share=0.3236,
+            precision="bf16",
+            device="NVIDIA H100 80GB HBM3",
+        ),
+        asked_at=ASKED_AT,
+    ).splitlines()
+
+    assert "| chunks | 2,000, 25.0% of them redundant |" in told
+    assert "| documents with another's text, not encoded | 45 |" in told
+    assert "| padding | 3.1% of what was computed |" in told
+    assert (
+        "| arithmetic that the scores need | 320,000 GFLOP/s in bf16 on NVIDIA H100 80GB HBM3, 32.4% of its peak |"
+        in told
+    )
 
 
 def test_a_run_that_had_finished_before_it_was_asked_for_says_so():

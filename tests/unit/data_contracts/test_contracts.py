@@ -82,6 +82,7 @@ def _runs(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
     starts = [NOON + timedelta(microseconds=draw.randrange(0, 10**12)) for _ in range(num_rows)]
     return {
         "flow": [draw.choice(_enum("runs", "flow")) for _ in range(num_rows)],
+        "precision": [draw.choice([None, *_enum("runs", "precision")]) for _ in range(num_rows)],
         "num_tokens": num_tokens,
         "num_tokens_scored": [draw.randrange(0, num + 1) for num in num_tokens],
         "started_at": starts,
@@ -278,8 +279,11 @@ EXPECTED: dict[str, dict[str, pa.DataType]] = {
         "scoring_fingerprint?": pa.string(),
         "num_shards": pa.int32(),
         **{f"num_{what}": pa.int64() for what in ("documents", "rejected", "chunks", "tokens", "tokens_scored")},
+        "num_documents_reused": pa.int64(),
         **{f"{what}_s": pa.float64() for what in ("elapsed", "read", "tokenize", "encode", "write")},
-        "tokens_per_s?": pa.float64(),
+        **{f"{what}?": pa.float64() for what in ("tokens_per_s", "padding_share", "redundant_chunk_share")},
+        **{f"{what}?": pa.float64() for what in ("flops_per_s", "peak_share")},
+        "precision?": pa.string(),
         "device?": pa.string(),
         "belt_version": pa.string(),
         "torch_version": pa.string(),

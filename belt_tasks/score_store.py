@@ -1,0 +1,75 @@
+"""The score store: what the model said of the texts that this process has seen in a run, so that none is encoded twice.
+
+It is SQLite's private temporary database: pages that do not fit its cache go to an unnamed file, so memory stays flat
+however many documents a run has, and nothing is left behind however the process ends. It holds only what cannot be had
+again without the encoder. A run that goes on in another process starts with an empty one.
+"""
+
+import sqlite3
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+CACHE_KIB = 16_384
+MOST_PARAMETERS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredScore:
+    """What the encoder said of one text."""
+
+    logits_L: npt.NDArray[np.float32]
+    """Pooled."""
+    top_chunk: int
+    """Which of the document's chunks speaks most for its label, counted from its first."""
+
+
+class ScoreStore:
+    """Scores by content fingerprint, of one checkpoint under one spec; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        self._connection.execute("PRAGMA journal_mode = OFF")
+        self._connection.execute(
+            "CREATE TABLE scores (fingerprint BLOB PRIMARY KEY, logits BLOB, top_chunk INTEGER) WITHOUT ROWID"
+        )
+
+    def put(self, scores: dict[str, StoredScore]) -> None:
+        """Keep scores by the hex digits of their text's fingerprint; what is there already stays."""
+        rows = ((bytes.fromhex(key), score.logits_L.tobytes(), score.top_chunk) for key, score in scores.items())
+        with self._lock:
+            self._connection.execute("BEGIN")
+            self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
+            self._connection.execute("COMMIT")
+
+    def get(self, fingerprints: list[str]) -> dict[str, StoredScore]:
+        """Those of the wanted scores that are there."""
+        found = {}
+        for first in range(0, len(fingerprints), MOST_PARAMETERS):
+            keys = [bytes.fromhex(key) for key in fingerprints[first : first + MOST_PARAMETERS]]
+            marks = ",".join("?" * len(keys))
+            with self._lock:
+                rows = self._connection.execute(
+                    f"SELECT fingerprint, logits, top_chunk FROM scores WHERE fingerprint IN ({marks})",  # noqa: S608 - marks
+                    keys,
+                ).fetchall()
+            for key, logits, top_chunk in rows:
+                found[key.hex()] = StoredScore(logits_L=np.frombuffer(logits, np.float32), top_chunk=top_chunk)
+        return found
+
+
+_stores: dict[str, ScoreStore] = {}
+_lock = threading.Lock()
+
+
+def of_run(run_uri: str) -> ScoreStore:
+    """The store of a run in this process; that of another run is dropped."""
+    with _lock:
+        if run_uri not in _stores:
+            _stores.clear()
+            _stores[run_uri] = ScoreStore()
+        return _stores[run_uri]
