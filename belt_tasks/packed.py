@@ -7,8 +7,7 @@ What makes it faster than the module it stands for, with the same result:
 - in the last layer only the first token's row is computed, and keys and values are never formed: a query can be
   carried over to the inputs, q (W x) = (W' q) x, and so can a weighted sum, sum p (W x) = W (sum p x);
 - softmax without a shift: 2^s is safe while |s| stays within what a float's exponent holds, which the norms of
-  queries and keys bound (Cauchy and Schwarz); only heads beyond the bound pay for the maximum. Keys lose their mean
-  first, which changes a row's scores by a constant and so nothing else (SageAttention, arXiv 2410.02367, section 4.2);
+  queries and keys bound (Cauchy and Schwarz); only heads beyond the bound pay for the maximum;
 - the key's bias adds a constant to a row of scores as well, and the value's bias passes through the softmax unchanged
   into the output's bias: neither is computed.
 
@@ -87,10 +86,12 @@ class PackedEncoder:
     def _attend(self, qkv_S3H: Tensor, context_SH: Tensor) -> None:
         """Attention of one chunk of S tokens with N heads of D numbers."""
         num_tokens = len(qkv_S3H)
-        query_NSD, key_NSD, value_NSD = qkv_S3H.view(num_tokens, 3, self._num_heads, -1).permute(1, 2, 0, 3)
+        qkv_S3ND = qkv_S3H.view(num_tokens, 3, self._num_heads, -1)
+        largest_2N = torch.linalg.vector_norm(qkv_S3ND[:, :2], dim=-1, dtype=torch.float32).amax(dim=0)
+        bound_N = largest_2N[0] * largest_2N[1] + self._largest_bias
+        query_NSD, key_NSD, value_NSD = qkv_S3ND.permute(1, 2, 0, 3)
+        key_NSD = key_NSD.contiguous()
         context_NSD = context_SH.view(num_tokens, self._num_heads, -1).transpose(0, 1)
-        key_NSD = (key_NSD - key_NSD.mean(dim=1, keepdim=True)).contiguous()
-        bound_N = _largest_norm(query_NSD) * _largest_norm(key_NSD) + self._largest_bias
         bias_NSS = None if self._bias_NPP is None else self._bias_NPP[:, :num_tokens, :num_tokens]
         if self.dtype != torch.float32 or num_tokens < LONG:
             scores_NSS = torch.bmm(query_NSD, key_NSD.transpose(1, 2))
@@ -200,12 +201,6 @@ def _output_with_value_bias(layer: Layer) -> Affine:
 
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     return Affine(weight=affine.weight.to(dtype), bias=affine.bias.to(dtype))
-
-
-def _largest_norm(rows_NSD: Tensor) -> Tensor:
-    """Of each head, [N]."""
-    largest_N: Tensor = torch.linalg.vector_norm(rows_NSD.float(), dim=-1).amax(dim=1)
-    return largest_N
 
 
 def _exponentiate(scores: Tensor, bound: float) -> Tensor:

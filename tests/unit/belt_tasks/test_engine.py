@@ -1,0 +1,167 @@
+"""The engine: whichever way encodes, the outputs are those of the model's own forward in fp32."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from belt_tasks import engine, packed
+from belt_tasks.batches import MiniBatch
+from belt_tasks.encoder import ChunkModel, FinishedClassifier, load_body, load_finished_classifier
+from belt_tasks.engine import PackedCpuEncoder, PlainEncoder, build_encoder, choose_precision
+from belt_tasks.errors import ConfigError
+from belt_tasks.specs import PoolingSpec
+from tests.conftest import FAMILIES, NUM_POSITIONS, save_tiny_encoder
+
+CPU = torch.device("cpu")
+PACKED_FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
+LENGTHS = [2, 3, 17, NUM_POSITIONS - 1, NUM_POSITIONS]
+
+
+def chunk_model(encoder, *, seed=0):
+    torch.manual_seed(seed)
+    return ChunkModel(load_body(encoder), num_logits=3, pooling=PoolingSpec(pooling_strategy="attention")).eval()
+
+
+def finished_model(folder, encoder):
+    config = AutoConfig.from_pretrained(encoder, num_labels=4)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return load_finished_classifier(folder)[0].eval()
+
+
+def random_batch(lengths, *, seed=0, pad_id=1, first_id=5, last_id=200):
+    num_tokens_B = np.array(lengths)
+    ids = np.random.default_rng(seed).integers(first_id, last_id, num_tokens_B.sum())
+    return MiniBatch(
+        rows_B=np.arange(len(lengths)), input_ids_T=torch.from_numpy(ids), num_tokens_B=num_tokens_B, pad_id=pad_id
+    )
+
+
+def difference(model, batch, precision="fp32"):
+    with torch.inference_mode():
+        found = build_encoder(model, device=CPU, precision=precision).encode(batch)
+        expected = PlainEncoder(model, device=CPU, dtype=torch.float32).encode(batch)
+    assert found.dtype == torch.float32
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max())
+
+
+@pytest.fixture(params=["short", "long"])
+def either_attention(request, monkeypatch):
+    """Tiny encoders read fewer tokens than the products of long chunks are meant for."""
+    if request.param == "long":
+        monkeypatch.setattr(packed, "LONG", 1)
+
+
+@pytest.fixture(params=["shifted", "never too large"])
+def either_softmax(request, monkeypatch):
+    monkeypatch.setattr(packed, "LARGEST_SCORE", -1.0 if request.param == "shifted" else 100.0)
+
+
+@pytest.mark.usefixtures("either_attention", "either_softmax")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_agrees_with_its_own_forward(tiny_encoders, family):
+    model = chunk_model(tiny_encoders(family))
+
+    assert difference(model, random_batch(LENGTHS)) < 1e-5
+    assert difference(model, random_batch([5])) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_way_is_the_one_that_runs(tiny_encoders, family):
+    chosen = build_encoder(chunk_model(tiny_encoders(family)), device=CPU, precision="fp32")
+
+    assert isinstance(chosen, PackedCpuEncoder if family in PACKED_FAMILIES else PlainEncoder)
+    assert chosen.pads == (family not in PACKED_FAMILIES)
+
+
+@pytest.mark.usefixtures("either_attention")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finished_classifiers_keep_their_own_head(tiny_encoders, tmp_path, family):
+    model = finished_model(tmp_path, tiny_encoders(family))
+
+    chosen = build_encoder(model, device=CPU, precision="fp32")
+
+    assert isinstance(chosen, PackedCpuEncoder if family in PACKED_FAMILIES else PlainEncoder)
+    assert isinstance(model, FinishedClassifier)
+    assert difference(model, random_batch(LENGTHS)) < 1e-5
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    lengths=st.lists(st.integers(2, NUM_POSITIONS), min_size=1, max_size=12),
+    seed=st.integers(0, 1000),
+    family=st.sampled_from(PACKED_FAMILIES),
+)
+def test_any_chunks_agree(tiny_encoders, lengths, seed, family):
+    assert difference(chunk_model(tiny_encoders(family), seed=seed), random_batch(lengths, seed=seed)) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[512, 511, 3, 200], [192], [191, 2]])
+def test_real_weights_agree(minilm, lengths):
+    batch = random_batch(lengths, pad_id=0, first_id=1000, last_id=30_000)
+
+    assert difference(chunk_model(minilm), batch) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_stays_near(tiny_encoders, minilm, family):
+    assert difference(chunk_model(tiny_encoders(family)), random_batch(LENGTHS), "bf16") < 0.2
+    if family == "bert":
+        batch = random_batch([512, 300, 40], pad_id=0, first_id=1000, last_id=30_000)
+        assert difference(chunk_model(minilm), batch, "bf16") < 0.02
+
+
+def test_scores_too_large_for_an_exponent_are_shifted(tiny_encoder):
+    model = chunk_model(tiny_encoder)
+    with torch.no_grad():
+        for layer in model.body.encoder.layer:
+            layer.attention.self.query.weight.mul_(200.0)
+
+    weights = engine.read_weights(model)
+    batch = random_batch(LENGTHS)
+    with torch.inference_mode():
+        found = PackedCpuEncoder(weights, dtype=torch.float32).encode(batch)
+        expected = PlainEncoder(model, device=CPU, dtype=torch.float32).encode(batch)
+
+    assert torch.isfinite(found).all()
+    # with scores this large softmax picks one token, and float noise in a score counts for more
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+def test_an_encoder_of_another_form_runs_by_its_own_forward(tmp_path):
+    relu = save_tiny_encoder(tmp_path / "relu", "bert", hidden_act="relu")
+
+    assert isinstance(build_encoder(chunk_model(relu), device=CPU, precision="fp32"), PlainEncoder)
+
+
+def test_a_pytorch_without_the_operators_runs_the_models_own_forward(tiny_encoder, monkeypatch):
+    monkeypatch.setattr(packed, "supported", lambda _: False)
+
+    assert isinstance(build_encoder(chunk_model(tiny_encoder), device=CPU, precision="fp32"), PlainEncoder)
+
+
+def test_a_fast_way_that_is_wrong_is_not_taken_and_says_so(tiny_encoder, monkeypatch, caplog):
+    right = packed.PackedEncoder.first_tokens
+    monkeypatch.setattr(packed.PackedEncoder, "first_tokens", lambda self, batch: right(self, batch) + 0.1)
+
+    with caplog.at_level(logging.WARNING):
+        chosen = build_encoder(chunk_model(tiny_encoder), device=CPU, precision="fp32")
+
+    assert isinstance(chosen, PlainEncoder)
+    assert "the packed forward differs from the model's own by" in caplog.text
+
+
+def test_bf16_is_refused_where_it_would_be_slow(monkeypatch):
+    monkeypatch.setattr(packed, "has_bf16", lambda: False)
+
+    with pytest.raises(ConfigError, match="precision bf16 needs a processor with avx512_bf16 or AMX"):
+        choose_precision("bf16", CPU)
+    with pytest.raises(ConfigError, match="precision must be fp32 or bf16 on a CPU, got 'fp16'"):
+        choose_precision("fp16", CPU)
+    assert choose_precision(None, CPU) == choose_precision("fp32", CPU) == "fp32"
