@@ -6,6 +6,7 @@ cores, each job's threads spin while they wait for the other's). On a GPU one th
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ Int64 = npt.NDArray[np.int64]
 
 # beyond, Python's own lock would be what they wait for; further cores work inside the operators
 MOST_WORKERS = 8
+
+# mini-batches that a GPU has been given and not finished: enough that it never waits for the next
+MOST_IN_FLIGHT = 4
 
 # the workers of one call use the whole machine, and PyTorch's number of threads is the process's
 _machine = threading.Lock()
@@ -91,6 +95,7 @@ class _Job:
 
     def work(self) -> None:
         """Encode until nothing is left to do."""
+        in_flight: deque[tuple[Int64, Tensor, torch.cuda.Event | None]] = deque()
         with torch.inference_mode():
             while (rows_B := self._take()) is not None:
                 batch = self._collate(rows_B)
@@ -102,14 +107,14 @@ class _Job:
                 except torch.OutOfMemoryError:
                     if len(rows_B) == 1:
                         raise
-                    self._most_tokens = len(batch.input_ids_T) // 2
-                    if self._encoder.device.type == "cuda":
-                        torch.cuda.empty_cache()
+                    self._lower_budget(batch)
                     self._halve(rows_B)
                     continue
-                with self._lock:
-                    self._finished.append((rows_B, outputs_BK))
-                    self._on_done(len(rows_B))
+                in_flight.append((rows_B, outputs_BK, self._event()))
+                while in_flight and (in_flight[0][2] is None or len(in_flight) > MOST_IN_FLIGHT):
+                    self._finish(*in_flight.popleft())
+            while in_flight:
+                self._finish(*in_flight.popleft())
 
     def stop(self) -> None:
         """Let nobody begin anything."""
@@ -125,8 +130,30 @@ class _Job:
         with self._lock:
             return self._todo.pop() if self._todo and not self._stopped else None
 
+    def _event(self) -> torch.cuda.Event | None:
+        """What a GPU reaches when the outputs are there; on a CPU they are there already."""
+        if self._encoder.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._encoder.device))
+        return event
+
+    def _finish(self, rows_B: Int64, outputs_BK: Tensor, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
+        with self._lock:
+            self._finished.append((rows_B, outputs_BK))
+            self._on_done(len(rows_B))
+
     def _is_too_large(self, batch: MiniBatch) -> bool:
         return self._most_tokens is not None and len(batch) > 1 and len(batch.input_ids_T) > self._most_tokens
+
+    def _lower_budget(self, batch: MiniBatch) -> None:
+        """For the rest of this job, and for later ones that leave the budget to the encoder."""
+        self._most_tokens = len(batch.input_ids_T) // 2
+        self._encoder.batch_tokens = min(self._encoder.batch_tokens, self._most_tokens)
+        if self._encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _halve(self, rows_B: Int64) -> None:
         with self._lock:

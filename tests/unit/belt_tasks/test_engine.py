@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from belt_tasks import engine, packed
+from belt_tasks import engine, packed_cpu, packed_gpu
 from belt_tasks.batches import MiniBatch
 from belt_tasks.encoder import ChunkModel, FinishedClassifier, load_body, load_finished_classifier
-from belt_tasks.engine import PackedCpuEncoder, PlainEncoder, build_encoder, choose_precision
+from belt_tasks.engine import PackedEncoder, PlainEncoder, build_encoder, choose_precision
 from belt_tasks.errors import ConfigError
+from belt_tasks.families import read_weights
 from belt_tasks.specs import PoolingSpec
 from tests.conftest import FAMILIES, NUM_POSITIONS, save_tiny_encoder
 
@@ -42,6 +43,11 @@ def random_batch(lengths, *, seed=0, pad_id=1, first_id=5, last_id=200):
     )
 
 
+def forward_of(model):
+    weights = read_weights(model)
+    return PackedEncoder(packed_cpu.PackedCpuForward(weights, torch.float32), weights.head, device=CPU)
+
+
 def difference(model, batch, precision="fp32"):
     with torch.inference_mode():
         found = build_encoder(model, device=CPU, precision=precision).encode(batch)
@@ -55,12 +61,12 @@ def difference(model, batch, precision="fp32"):
 def either_attention(request, monkeypatch):
     """Tiny encoders read fewer tokens than the products of long chunks are meant for."""
     if request.param == "long":
-        monkeypatch.setattr(packed, "LONG", 1)
+        monkeypatch.setattr(packed_cpu, "LONG", 1)
 
 
 @pytest.fixture(params=["shifted", "never too large"])
 def either_softmax(request, monkeypatch):
-    monkeypatch.setattr(packed, "LARGEST_SCORE", -1.0 if request.param == "shifted" else 100.0)
+    monkeypatch.setattr(packed_cpu, "LARGEST_SCORE", -1.0 if request.param == "shifted" else 100.0)
 
 
 @pytest.mark.usefixtures("either_attention", "either_softmax")
@@ -76,7 +82,7 @@ def test_every_family_agrees_with_its_own_forward(tiny_encoders, family):
 def test_the_fast_way_is_the_one_that_runs(tiny_encoders, family):
     chosen = build_encoder(chunk_model(tiny_encoders(family)), device=CPU, precision="fp32")
 
-    assert isinstance(chosen, PackedCpuEncoder if family in PACKED_FAMILIES else PlainEncoder)
+    assert isinstance(chosen, PackedEncoder if family in PACKED_FAMILIES else PlainEncoder)
     assert chosen.pads == (family not in PACKED_FAMILIES)
 
 
@@ -87,7 +93,7 @@ def test_finished_classifiers_keep_their_own_head(tiny_encoders, tmp_path, famil
 
     chosen = build_encoder(model, device=CPU, precision="fp32")
 
-    assert isinstance(chosen, PackedCpuEncoder if family in PACKED_FAMILIES else PlainEncoder)
+    assert isinstance(chosen, PackedEncoder if family in PACKED_FAMILIES else PlainEncoder)
     assert isinstance(model, FinishedClassifier)
     assert difference(model, random_batch(LENGTHS)) < 1e-5
 
@@ -123,10 +129,9 @@ def test_scores_too_large_for_an_exponent_are_shifted(tiny_encoder):
         for layer in model.body.encoder.layer:
             layer.attention.self.query.weight.mul_(200.0)
 
-    weights = engine.read_weights(model)
     batch = random_batch(LENGTHS)
     with torch.inference_mode():
-        found = PackedCpuEncoder(weights, dtype=torch.float32).encode(batch)
+        found = forward_of(model).encode(batch)
         expected = PlainEncoder(model, device=CPU, dtype=torch.float32).encode(batch)
 
     assert torch.isfinite(found).all()
@@ -141,14 +146,14 @@ def test_an_encoder_of_another_form_runs_by_its_own_forward(tmp_path):
 
 
 def test_a_pytorch_without_the_operators_runs_the_models_own_forward(tiny_encoder, monkeypatch):
-    monkeypatch.setattr(packed, "supported", lambda _: False)
+    monkeypatch.setattr(packed_cpu, "supported", lambda _: False)
 
     assert isinstance(build_encoder(chunk_model(tiny_encoder), device=CPU, precision="fp32"), PlainEncoder)
 
 
 def test_a_fast_way_that_is_wrong_is_not_taken_and_says_so(tiny_encoder, monkeypatch, caplog):
-    right = packed.PackedEncoder.first_tokens
-    monkeypatch.setattr(packed.PackedEncoder, "first_tokens", lambda self, batch: right(self, batch) + 0.1)
+    right = packed_cpu.PackedCpuForward.first_tokens
+    monkeypatch.setattr(packed_cpu.PackedCpuForward, "first_tokens", lambda self, batch: right(self, batch) + 0.1)
 
     with caplog.at_level(logging.WARNING):
         chosen = build_encoder(chunk_model(tiny_encoder), device=CPU, precision="fp32")
@@ -158,10 +163,61 @@ def test_a_fast_way_that_is_wrong_is_not_taken_and_says_so(tiny_encoder, monkeyp
 
 
 def test_bf16_is_refused_where_it_would_be_slow(monkeypatch):
-    monkeypatch.setattr(packed, "has_bf16", lambda: False)
+    monkeypatch.setattr(packed_cpu, "has_bf16", lambda: False)
 
     with pytest.raises(ConfigError, match="precision bf16 needs a processor with avx512_bf16 or AMX"):
         choose_precision("bf16", CPU)
     with pytest.raises(ConfigError, match="precision must be fp32 or bf16 on a CPU, got 'fp16'"):
         choose_precision("fp16", CPU)
     assert choose_precision(None, CPU) == choose_precision("fp32", CPU) == "fp32"
+
+
+GPU_FAMILIES = ("bert", "roberta", "distilbert")
+
+
+@pytest.mark.parametrize("family", GPU_FAMILIES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
+def test_the_forward_of_gpus_agrees_on_a_cpu(tiny_encoders, family, dtype, bound):
+    model = chunk_model(tiny_encoders(family))
+    weights, batch = read_weights(model), random_batch(LENGTHS)
+
+    with torch.inference_mode():
+        forward = packed_gpu.PackedGpuForward(weights, device=CPU, dtype=dtype)
+        found = PackedEncoder(forward, weights.head, device=CPU).encode(batch)
+        expected = PlainEncoder(model, device=CPU, dtype=torch.float32).encode(batch)
+
+    assert float((found - expected).abs().max()) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_agrees_with_the_models_own_forward(tiny_encoders, family, precision):
+    device = torch.device("cuda")
+    model, batch = chunk_model(tiny_encoders(family)), random_batch(LENGTHS)
+
+    chosen = build_encoder(model, device=device, precision=precision)
+    with torch.inference_mode():
+        found = chosen.encode(batch).cpu()
+        expected = PlainEncoder(model, device=CPU, dtype=torch.float32).encode(batch)
+
+    assert isinstance(chosen, PackedEncoder if family in GPU_FAMILIES else PlainEncoder)
+    assert float((found - expected).abs().max()) < 0.2
+    assert NUM_POSITIONS <= chosen.batch_tokens <= engine.MOST_GPU_TOKENS
+
+
+def test_scores_with_a_bias_are_not_for_variable_length_attention(tiny_encoders):
+    with_bias, without = (read_weights(chunk_model(tiny_encoders(family))) for family in ("mpnet", "bert"))
+
+    assert not packed_gpu.supported(with_bias, CPU, torch.bfloat16)
+    assert not packed_gpu.supported(without, CPU, torch.float32)
+    assert packed_gpu.supported(without, CPU, torch.bfloat16)
+
+
+def test_a_budget_lies_on_the_line_of_what_was_measured():
+    # 1000 bytes and 10 per token
+    sizes, peaks = [4096, 8192], [41_960, 82_920]
+
+    assert engine.budget_of_memory(sizes, peaks, free=500_000, longest=512) == 39_900
+    assert engine.budget_of_memory(sizes, peaks, free=10**12, longest=512) == engine.MOST_GPU_TOKENS
+    assert engine.budget_of_memory(sizes, peaks, free=100, longest=512) == 512

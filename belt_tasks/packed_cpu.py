@@ -1,4 +1,4 @@
-"""The packed forward: an encoder's chunks one after the other, without padding, on oneDNN's matrix products.
+"""The packed forward on a CPU: an encoder's chunks one after the other, without padding, on oneDNN's matrix products.
 
 What makes it faster than the module it stands for, with the same result:
 
@@ -44,7 +44,7 @@ def has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # noqa: SLF001 - its home
 
 
-class PackedEncoder:
+class PackedCpuForward:
     """First tokens of packed chunks, in fp32 or bf16, on the CPU."""
 
     def __init__(self, weights: EncoderWeights, dtype: torch.dtype) -> None:
