@@ -24,7 +24,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 # how far the packed forward's outputs may be from the model's own in fp32, relative to the largest if that is above 1
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.2, "fp16": 0.05}
 
-CPU_BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS = 1024
 # a GPU's mini-batches: as large as memory allows, up to where larger ones are no faster
 MOST_GPU_TOKENS = 65_536
 PROBE_TOKENS = 4096

@@ -9,6 +9,7 @@ import torch
 from belt_tasks import heads, predictions, prepare, progress, publishing, score_store
 from belt_tasks.checkpoint import cache
 from belt_tasks.corpus import ShardRef
+from belt_tasks.memory import give_back
 from belt_tasks.pipeline import ahead, behind
 from belt_tasks.predictions import DocumentScores
 from belt_tasks.prepare import TokenBlock
@@ -100,6 +101,7 @@ def score_shard(
             with stopwatch.time("encode"):
                 scored = score_block(block, scorer, store)
             hand_over(scored)
+            give_back()
     return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
 
 

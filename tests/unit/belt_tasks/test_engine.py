@@ -108,7 +108,7 @@ def test_any_chunks_agree(tiny_encoders, lengths, seed, family):
     assert difference(chunk_model(tiny_encoders(family), seed=seed), random_batch(lengths, seed=seed)) < 1e-5
 
 
-@pytest.mark.parametrize("lengths", [[512, 511, 3, 200], [192], [191, 2]])
+@pytest.mark.parametrize("lengths", [[512, 511, 3, 200], [256], [255, 2]])
 def test_real_weights_agree(minilm, lengths):
     batch = random_batch(lengths, pad_id=0, first_id=1000, last_id=30_000)
 
