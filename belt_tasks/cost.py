@@ -22,7 +22,8 @@ def needed_flops(config: object, num_tokens_C: Int64) -> float | None:
     """Floating-point operations that first-token outputs of some chunks need; one multiply-add is two.
 
     Matrix products only, and only those that no exact method can leave out: of the last layer just the first token,
-    whose scores and weighted sum can be taken over the layer's inputs, without keys and values.
+    whose scores and weighted sum can be taken over the layer's inputs, without keys and values, unless positions are
+    rotations (ModernBERT), which come between a token's input and its key.
 
     Args:
         config: the encoder's.
@@ -37,12 +38,17 @@ def needed_flops(config: object, num_tokens_C: Int64) -> float | None:
     num_heads = getattr(config, "num_attention_heads", None)
     if hidden is None or inner is None or num_layers is None or num_heads is None:
         return None
-    num_maps = 3 if getattr(config, "model_type", None) == "modernbert" else 2  # its feed-forward is gated
+    rotates = getattr(config, "model_type", None) == "modernbert"
+    num_maps = 3 if rotates else 2  # its feed-forward is gated
     per_token = 2 * (4 * hidden**2 + num_maps * hidden * inner)
     num_tokens = float(num_tokens_C.sum())
     attended = sum(float((num_tokens_C * span_C).sum()) for span_C in _attended(config, num_tokens_C, num_layers - 1))
     inner_layers = (num_layers - 1) * num_tokens * per_token + 4 * attended * hidden
-    last_layer = 2 * 2 * num_tokens * hidden * num_heads + len(num_tokens_C) * per_token
+    if rotates:
+        seen = float(_attended(config, num_tokens_C, num_layers)[-1].sum())
+        last_layer = 4 * seen * hidden**2 + 4 * seen * hidden + len(num_tokens_C) * (per_token - 4 * hidden**2)
+    else:
+        last_layer = 4 * num_tokens * hidden * num_heads + len(num_tokens_C) * per_token
     return float(inner_layers + last_layer)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from belt_tasks import encoder, packed_cpu, packed_gpu
+from belt_tasks import attention_cpu, encoder, packed_cpu, packed_gpu, packed_modern
 from belt_tasks.batches import MiniBatch
 from belt_tasks.errors import ConfigError
-from belt_tasks.families import read_weights
+from belt_tasks.families import body_and_head, read_weights
 from belt_tasks.specs import Precision
 
 log = logging.getLogger(__name__)
@@ -113,22 +113,22 @@ def build_encoder(model: nn.Module, *, device: torch.device, precision: Precisio
 
 
 def _packed_encoder(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PackedEncoder | None:
+    body, head = body_and_head(model)
     weights = read_weights(model)
-    forward: Forward
-    if weights is None:
-        return None
+    forward: Forward | None = None
     if device.type == "cpu" and packed_cpu.supported(dtype):
-        forward = packed_cpu.PackedCpuForward(weights, dtype)
-    elif device.type == "cuda" and packed_gpu.supported(weights, device, dtype):
+        if weights is not None:
+            forward = packed_cpu.PackedCpuForward(weights, dtype)
+        elif body is not None and packed_modern.supported(body):
+            forward = packed_modern.PackedModernForward(body, dtype)
+    elif device.type == "cuda" and weights is not None and packed_gpu.supported(weights, device, dtype):
         forward = packed_gpu.PackedGpuForward(weights, device=device, dtype=dtype)
-    else:
-        return None
-    return PackedEncoder(forward, weights.head, device=device)
+    return None if forward is None or head is None else PackedEncoder(forward, head, device=device)
 
 
 def largest_difference(fast: ChunkEncoder, plain: ChunkEncoder, model: nn.Module) -> float:
     """Between two encoders' outputs for some chunks, relative to the largest output if that is above 1."""
-    longest = min(encoder.num_positions(model) or packed_cpu.LONG, packed_cpu.LONG + 8)
+    longest = min(encoder.num_positions(model) or attention_cpu.LONG, attention_cpu.LONG + 8)
     batch = probe([longest, max(longest // 3, 2), 2], model)
     with torch.inference_mode():
         expected_BK = plain.encode(batch)

@@ -104,7 +104,7 @@ def read_weights(model: nn.Module) -> EncoderWeights | None:
     Returns:
         None where its encoder is of another form, or its head reads more than a chunk's first token.
     """
-    body, head = _body_and_head(model)
+    body, head = body_and_head(model)
     if body is None or head is None or body.config.model_type not in FAMILIES or not _is_plain(body):
         return None
     layers_name, names = FAMILIES[body.config.model_type]
@@ -128,7 +128,8 @@ def read_weights(model: nn.Module) -> EncoderWeights | None:
     )
 
 
-def _body_and_head(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None]:
+def body_and_head(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None]:
+    """The encoder of a model, and its head if that reads first tokens [B, H] alone."""
     match model:
         case ChunkModel():
             return model.body, model.head
@@ -158,6 +159,8 @@ def _finished_head(classifier: PreTrainedModel) -> nn.Module | None:
         ):
             head = classifier.get_submodule("classifier")
             steps = [head.get_submodule("dense"), nn.Tanh(), head.get_submodule("out_proj")]
+        case "ModernBertForSequenceClassification" if classifier.config.classifier_pooling == "cls":
+            steps = [classifier.get_submodule("head"), classifier.get_submodule("classifier")]
         case _:
             return None
     return nn.Sequential(*steps)

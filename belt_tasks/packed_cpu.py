@@ -6,8 +6,6 @@ What makes it faster than the module it stands for, with the same result:
   and value are one product; bias, GELU and residual are added inside the products;
 - in the last layer only the first token's row is computed, and keys and values are never formed: a query can be
   carried over to the inputs, q (W x) = (W' q) x, and so can a weighted sum, sum p (W x) = W (sum p x);
-- softmax without a shift: 2^s is safe while |s| stays within what a float's exponent holds, which the norms of
-  queries and keys bound (Cauchy and Schwarz); only heads beyond the bound pay for the maximum;
 - the key's bias adds a constant to a row of scores as well, and the value's bias passes through the softmax unchanged
   into the output's bias: neither is computed.
 
@@ -16,17 +14,21 @@ plain forward first.
 """
 
 import math
+import os
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
+from belt_tasks.attention_cpu import attend, score_bound
 from belt_tasks.batches import MiniBatch
 from belt_tasks.families import Affine, EncoderWeights, Layer
 
-LARGEST_SCORE = 100.0  # as a power of two; sums of 2^100 stay below 2^127, and 2^-100 above 2^-126
-LONG = 256  # tokens from which a oneDNN product per head beats MKL's batched one (measured, fp32)
 PACKED_ROWS = 2048  # a hint of how many rows a product will have
+
+# Each shape of a product has a kernel of its own, some 300 KiB with what it needs; oneDNN would keep 1024 of them, and
+# chunks come sorted by length, so that few shapes are in use at a time. Read when its first kernel is made.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def supported(dtype: torch.dtype) -> bool:
@@ -85,28 +87,16 @@ class PackedCpuForward:
 
     def _attend(self, qkv_S3H: Tensor, context_SH: Tensor) -> None:
         """Attention of one chunk of S tokens with N heads of D numbers."""
-        num_tokens = len(qkv_S3H)
-        qkv_S3ND = qkv_S3H.view(num_tokens, 3, self._num_heads, -1)
-        largest_2N = torch.linalg.vector_norm(qkv_S3ND[:, :2], dim=-1, dtype=torch.float32).amax(dim=0)
-        bound_N = largest_2N[0] * largest_2N[1] + self._largest_bias
+        qkv_S3ND = qkv_S3H.view(len(qkv_S3H), 3, self._num_heads, -1)
         query_NSD, key_NSD, value_NSD = qkv_S3ND.permute(1, 2, 0, 3)
-        key_NSD = key_NSD.contiguous()
-        context_NSD = context_SH.view(num_tokens, self._num_heads, -1).transpose(0, 1)
-        bias_NSS = None if self._bias_NPP is None else self._bias_NPP[:, :num_tokens, :num_tokens]
-        if self.dtype != torch.float32 or num_tokens < LONG:
-            scores_NSS = torch.bmm(query_NSD, key_NSD.transpose(1, 2))
-            if bias_NSS is not None:
-                scores_NSS += bias_NSS
-            total_NS1 = _exponentiate(scores_NSS, float(bound_N.max()))
-            torch.div(torch.bmm(scores_NSS, value_NSD), total_NS1, out=context_NSD)
-            return
-        value_NDS = value_NSD.transpose(1, 2).contiguous()
-        for head, bound in enumerate(bound_N.tolist()):
-            scores_SS = _product(query_NSD[head], key_NSD[head])
-            if bias_NSS is not None:
-                scores_SS += bias_NSS[head]
-            total_S1 = _exponentiate(scores_SS, bound)
-            torch.div(_product(scores_SS, value_NDS[head]), total_S1, out=context_NSD[head])
+        attend(
+            query_NSD,
+            key_NSD,
+            value_NSD,
+            context_SH.view(len(qkv_S3H), self._num_heads, -1).transpose(0, 1),
+            bound_N=score_bound(qkv_S3ND[:, :2]) + self._largest_bias,
+            bias_NSS=None if self._bias_NPP is None else self._bias_NPP[:, : len(qkv_S3H), : len(qkv_S3H)],
+        )
 
     def _last_layer(self, x_TH: Tensor, first_B: Tensor, lengths: list[int]) -> Tensor:
         layer = self._last
@@ -134,7 +124,7 @@ class PackedCpuForward:
         return torch.layer_norm(x_TH, norm.weight.shape, norm.weight, norm.bias, self._eps)
 
 
-class _Linear:
+class PackedLinear:
     """A linear map in oneDNN's own layout, with what follows it."""
 
     def __init__(self, affine: Affine, dtype: torch.dtype, *, then: str = "none") -> None:
@@ -145,12 +135,14 @@ class _Linear:
         self._then = then
 
     def __call__(self, x_TH: Tensor) -> Tensor:
+        """The map, and what follows it."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
             x_TH, self._weight, self._bias, self._then, [], "none"
         )
         return result
 
     def add_to(self, residual_TH: Tensor, x_TH: Tensor) -> Tensor:
+        """A new tensor: the map and the residual."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(  # noqa: SLF001
             x_TH, residual_TH, self._weight, self._bias, "add"
         )
@@ -164,11 +156,11 @@ class _PackedLayer:
         query = _scaled_query(layer, num_heads)
         weight = torch.cat([query.weight, layer.key.weight, layer.value.weight])
         bias = torch.cat([query.bias, torch.zeros_like(layer.key.bias), torch.zeros_like(layer.value.bias)])
-        self.qkv = _Linear(Affine(weight=weight, bias=bias), dtype)
-        self.output = _Linear(_output_with_value_bias(layer), dtype)
+        self.qkv = PackedLinear(Affine(weight=weight, bias=bias), dtype)
+        self.output = PackedLinear(_output_with_value_bias(layer), dtype)
         self.output_norm = _cast(layer.output_norm, dtype)
-        self.feed_forward = _Linear(layer.feed_forward, dtype, then="gelu")
-        self.projection = _Linear(layer.projection, dtype)
+        self.feed_forward = PackedLinear(layer.feed_forward, dtype, then="gelu")
+        self.projection = PackedLinear(layer.projection, dtype)
         self.projection_norm = _cast(layer.projection_norm, dtype)
 
 
@@ -201,17 +193,3 @@ def _output_with_value_bias(layer: Layer) -> Affine:
 
 def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
     return Affine(weight=affine.weight.to(dtype), bias=affine.bias.to(dtype))
-
-
-def _exponentiate(scores: Tensor, bound: float) -> Tensor:
-    """Replace scores by 2^score, shifted where they may be too large; returns the sum of each row."""
-    if not bound <= LARGEST_SCORE:  # also where it is not a number
-        scores -= scores.amax(dim=-1, keepdim=True)
-    total: Tensor = scores.exp2_().sum(dim=-1, keepdim=True)
-    return total
-
-
-def _product(x_SD: Tensor, y_RD: Tensor) -> Tensor:
-    """The product x y' by oneDNN; y must be contiguous, or it falls back to a reference kernel."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x_SD, y_RD, None, "none", [], "")  # noqa: SLF001
-    return result

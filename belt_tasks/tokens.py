@@ -26,7 +26,7 @@ Int64 = npt.NDArray[np.int64]
 
 # Characters per call of the Rust tokenizer, and per piece of one long document: an encoding takes some 500 bytes a
 # token, so calls of this size stay within a few hundred megabytes whatever the text.
-CALL_CHARACTERS = 1_000_000
+CALL_CHARACTERS = 300_000
 PIECE_CHARACTERS = 200_000
 OVERLAP_CHARACTERS = 2_000
 

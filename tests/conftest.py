@@ -125,7 +125,7 @@ def _parts(family: str, dropout: float) -> tuple[Tokenizer, dict[str, str], Call
                 wordpiece_tokenizer(),
                 BERT_NAMES,
                 lambda size, **more: transformers.BertConfig(
-                    vocab_size=size, max_position_embeddings=NUM_POSITIONS, pad_token_id=0, **drop, **SIZES, **more
+                    vocab_size=size, max_position_embeddings=NUM_POSITIONS, pad_token_id=0, **drop, **(SIZES | more)
                 ),
             )
         case "distilbert":
@@ -151,7 +151,7 @@ def _parts(family: str, dropout: float) -> tuple[Tokenizer, dict[str, str], Call
                 byte_level_tokenizer(ROBERTA_SPECIAL, ("<s>", "</s>")),
                 ROBERTA_NAMES,
                 lambda size, **more: config(
-                    vocab_size=size, max_position_embeddings=NUM_POSITIONS + 2, pad_token_id=1, **drop, **SIZES, **more
+                    vocab_size=size, max_position_embeddings=NUM_POSITIONS + 2, pad_token_id=1, **drop, **(SIZES | more)
                 ),
             )
         case "modernbert":
@@ -172,8 +172,7 @@ def _parts(family: str, dropout: float) -> tuple[Tokenizer, dict[str, str], Call
                     attention_dropout=dropout,
                     global_attn_every_n_layers=2,
                     local_attention=16,
-                    **SIZES,
-                    **more,
+                    **(SIZES | more),
                 ),
             )
     raise AssertionError(family)

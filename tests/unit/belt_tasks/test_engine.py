@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from belt_tasks import engine, packed_cpu, packed_gpu
+from belt_tasks import attention_cpu, engine, packed_cpu, packed_gpu
 from belt_tasks.batches import MiniBatch
 from belt_tasks.encoder import ChunkModel, FinishedClassifier, load_body, load_finished_classifier
 from belt_tasks.engine import PackedEncoder, PlainEncoder, build_encoder, choose_precision
@@ -19,7 +19,7 @@ from belt_tasks.specs import PoolingSpec
 from tests.conftest import FAMILIES, NUM_POSITIONS, save_tiny_encoder
 
 CPU = torch.device("cpu")
-PACKED_FAMILIES = ("bert", "roberta", "distilbert", "mpnet")
+PACKED_FAMILIES = FAMILIES
 LENGTHS = [2, 3, 17, NUM_POSITIONS - 1, NUM_POSITIONS]
 
 
@@ -61,12 +61,12 @@ def difference(model, batch, precision="fp32"):
 def either_attention(request, monkeypatch):
     """Tiny encoders read fewer tokens than the products of long chunks are meant for."""
     if request.param == "long":
-        monkeypatch.setattr(packed_cpu, "LONG", 1)
+        monkeypatch.setattr(attention_cpu, "LONG", 1)
 
 
 @pytest.fixture(params=["shifted", "never too large"])
 def either_softmax(request, monkeypatch):
-    monkeypatch.setattr(packed_cpu, "LARGEST_SCORE", -1.0 if request.param == "shifted" else 100.0)
+    monkeypatch.setattr(attention_cpu, "LARGEST_SCORE", -1.0 if request.param == "shifted" else 100.0)
 
 
 @pytest.mark.usefixtures("either_attention", "either_softmax")
@@ -106,6 +106,33 @@ def test_finished_classifiers_keep_their_own_head(tiny_encoders, tmp_path, famil
 )
 def test_any_chunks_agree(tiny_encoders, lengths, seed, family):
     assert difference(chunk_model(tiny_encoders(family), seed=seed), random_batch(lengths, seed=seed)) < 1e-5
+
+
+@pytest.mark.usefixtures("either_attention", "either_softmax")
+def test_a_windowed_layer_computes_scores_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "WINDOW_ROWS", 16)
+    monkeypatch.setattr(attention_cpu, "MOST_ROWS", 40)
+    monkeypatch.setattr(attention_cpu, "MOST_SCORES", 16 * 40 * 2)  # two of the four heads at a time
+    encoder = save_tiny_encoder(tmp_path / "modernbert", "modernbert", num_hidden_layers=5)
+
+    assert difference(chunk_model(encoder), random_batch([*LENGTHS, 16, 17, 32, 33, 40, 41])) < 1e-5
+
+
+@pytest.mark.usefixtures("either_attention")
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_a_long_chunk_takes_its_queries_in_blocks(tiny_encoders, monkeypatch, family):
+    monkeypatch.setattr(attention_cpu, "MOST_ROWS", 20)
+    monkeypatch.setattr(attention_cpu, "MOST_SCORES", 1)  # one head at a time
+
+    assert difference(chunk_model(tiny_encoders(family)), random_batch(LENGTHS)) < 1e-5
+
+
+def test_a_head_that_reads_more_than_the_first_token_runs_by_the_models_own_forward(tmp_path, tiny_encoders):
+    config = AutoConfig.from_pretrained(tiny_encoders("modernbert"), num_labels=4, classifier_pooling="mean")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    model = load_finished_classifier(tmp_path)[0].eval()
+
+    assert isinstance(build_encoder(model, device=CPU, precision="fp32"), PlainEncoder)
 
 
 @pytest.mark.parametrize("lengths", [[512, 511, 3, 200], [256], [255, 2]])
