@@ -14,7 +14,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test bench check format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
@@ -25,6 +25,9 @@ demo: .venv/demo  ## install, then run the whole pipeline on real text and say w
 test: .venv/test check  ## install, then run the linters, the type checker and all tests that need no GPU
 	mkdir -p $(PREFECT_HOME)
 	$(BIN)/python -m pytest -m "not gpu"
+
+bench: .venv/bench  ## install, then measure belt's scoring beside its peers; ARGS=--help lists the options
+	$(BIN)/python -m tests.benchmarks.scoring $(ARGS)
 
 check: .venv/test  ## linters, type checker and import rules
 	$(BIN)/ruff check .
