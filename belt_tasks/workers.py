@@ -164,9 +164,9 @@ class _Job:
 def _cores_of_workers(most_workers: int) -> Iterator[int]:
     """How many workers there should be; while the block lasts PyTorch gives each of them its share of the cores."""
     num_cores = torch.get_num_threads()  # all of them, or what OMP_NUM_THREADS allows
-    num_workers = max(1, min(num_cores, MOST_WORKERS, most_workers))
-    torch.set_num_threads(max(1, num_cores // num_workers))
+    # never more than its share, even if it works alone: operators spread over cores that others use wait for these
+    torch.set_num_threads(max(1, num_cores // MOST_WORKERS))
     try:
-        yield num_workers
+        yield max(1, min(num_cores, MOST_WORKERS, most_workers))
     finally:
         torch.set_num_threads(num_cores)

@@ -69,9 +69,7 @@ def main() -> None:
 def measure(encoder: str, corpus: str | None) -> float:
     """Tokens per second of this process."""
     tokenizer = load_tokenizer(encoder)
-    texts = (
-        [" ".join(WORDS * 40)] * 1000 if corpus is None else pl.read_parquet(corpus, columns=["text"])["text"].to_list()
-    )
+    texts = [SENTENCE * 40] * 1000 if corpus is None else pl.read_parquet(corpus, columns=["text"])["text"].to_list()
     wanted, num_characters = [], 0
     for text in texts:
         if text and num_characters < NUM_CHARACTERS:
