@@ -20,23 +20,7 @@ from belt_tasks.tokens import load_tokenizer
 
 NUM_CHARACTERS = 4_000_000
 NUM_ROUNDS = 5
-WORDS = [
-    "the",
-    "tokenizer",
-    "reads",
-    "whole",
-    "documents,",
-    "one",
-    "after",
-    "the",
-    "other;",
-    "unbelievable",
-    "(but",
-    "true)",
-    "3.14159",
-    "naïve",
-    "café!",
-]
+SENTENCE = "the tokenizer reads whole documents, one after the other; unbelievable (but true) 3.14159 naïve café! "
 
 
 def main() -> None:
