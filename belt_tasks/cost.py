@@ -1,13 +1,17 @@
 """Cost: the floating-point operations that a result needs, and what a device could do at best."""
 
+import re
+
 import numpy as np
 import numpy.typing as npt
 
 Int64 = npt.NDArray[np.int64]
 
-# Dense bf16 and fp16 matrix products, FLOP/s, as the makers' data sheets give them, by a part of the device's name.
+# Dense bf16 and fp16 matrix products, FLOP/s, as the makers' data sheets give them, by words of the device's name.
 GPU_PEAKS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -42,10 +46,11 @@ def needed_flops(config: object, num_tokens_C: Int64) -> float | None:
     num_maps = 3 if rotates else 2  # its feed-forward is gated
     per_token = 2 * (4 * hidden**2 + num_maps * hidden * inner)
     num_tokens = float(num_tokens_C.sum())
-    attended = sum(float((num_tokens_C * span_C).sum()) for span_C in _attended(config, num_tokens_C, num_layers - 1))
-    inner_layers = (num_layers - 1) * num_tokens * per_token + 4 * attended * hidden
+    windows = _windows(config, num_layers)
+    pairs = sum(float(_pairs(num_tokens_C, window).sum()) for window in windows[:-1])
+    inner_layers = (num_layers - 1) * num_tokens * per_token + 4 * pairs * hidden
     if rotates:
-        seen = float(_attended(config, num_tokens_C, num_layers)[-1].sum())
+        seen = float((num_tokens_C if windows[-1] is None else np.minimum(num_tokens_C, windows[-1] + 1)).sum())
         last_layer = 4 * seen * hidden**2 + 4 * seen * hidden + len(num_tokens_C) * (per_token - 4 * hidden**2)
     else:
         last_layer = 4 * num_tokens * hidden * num_heads + len(num_tokens_C) * per_token
@@ -56,14 +61,21 @@ def peak_flops(device_name: str | None, precision: str | None) -> float | None:
     """What a device multiplies at best, FLOP/s; None where belt does not know."""
     if device_name is None or precision not in ("bf16", "fp16"):
         return None
-    return next((peak for name, peak in GPU_PEAKS.items() if name in device_name), None)
+    words = set(re.split(r"[^A-Za-z0-9]+", device_name))
+    known = [name for name in GPU_PEAKS if words >= set(name.split())]
+    return GPU_PEAKS[max(known, key=len)] if known else None
 
 
-def _attended(config: object, num_tokens_C: Int64, num_layers: int) -> list[Int64]:
-    """How many tokens a token of each chunk attends to, layer by layer."""
+def _windows(config: object, num_layers: int) -> list[int | None]:
+    """How far a token of each layer sees to either side; None is all the way."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
-    window = getattr(config, "local_attention", None)
-    return [
-        num_tokens_C if kind == "full_attention" or window is None else np.minimum(num_tokens_C, window + 1)
-        for kind in kinds[:num_layers]
-    ]
+    return [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _pairs(num_tokens_C: Int64, window: int | None) -> Int64:
+    """Pairs of tokens of which one sees the other, in each chunk."""
+    if window is None:
+        return num_tokens_C**2
+    reach_C = np.minimum(window, num_tokens_C - 1)
+    pairs_C: Int64 = num_tokens_C * (2 * reach_C + 1) - reach_C * (reach_C + 1)
+    return pairs_C

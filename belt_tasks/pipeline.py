@@ -74,6 +74,9 @@ def behind(function: Callable[[ItemT], None], *, most: int) -> Iterator[Callable
             yield hand_over
             while pending:
                 pending.popleft().result()
-        except BaseException:
+        except BaseException as error:
             broken = True
-            raise
+            earlier = next((future.exception() for future in pending if future.done()), None)
+            if earlier is None or earlier is error:
+                raise
+            raise error from earlier

@@ -254,7 +254,7 @@ def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], sta
         "output_uri": run.output_uri,
         "num_shards": len(receipts),
         "elapsed_s": (finished_at - started_at).total_seconds(),
-        "tokens_per_s": _share(counts.num_tokens_encoded, counts.encode_s),
+        "tokens_per_s": _share(counts.num_tokens_encoded or None, counts.encode_s),
         "padding_share": _share(counts.num_padding, counts.num_positions),
         "redundant_chunk_share": _share(counts.num_redundant_chunks, counts.num_chunks),
         "flops_per_s": flops_per_s,

@@ -40,11 +40,13 @@ class ScoreStore:
 
     def put(self, scores: dict[str, StoredScore]) -> None:
         """Keep scores by the hex digits of their text's fingerprint; what is there already stays."""
-        rows = ((bytes.fromhex(key), score.logits_L.tobytes(), score.top_chunk) for key, score in scores.items())
+        rows = [(bytes.fromhex(key), score.logits_L.tobytes(), score.top_chunk) for key, score in scores.items()]
         with self._lock:
             self._connection.execute("BEGIN")
-            self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
-            self._connection.execute("COMMIT")
+            try:
+                self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
+            finally:
+                self._connection.execute("COMMIT")
 
     def get(self, fingerprints: list[str]) -> dict[str, StoredScore]:
         """Those of the wanted scores that are there."""
@@ -61,6 +63,9 @@ class ScoreStore:
                 found[key.hex()] = StoredScore(logits_L=np.frombuffer(logits, np.float32), top_chunk=top_chunk)
         return found
 
+    def __del__(self) -> None:
+        self._connection.close()
+
 
 _stores: dict[str, ScoreStore] = {}
 _lock = threading.Lock()
@@ -73,3 +78,9 @@ def of_run(run_uri: str) -> ScoreStore:
             _stores.clear()
             _stores[run_uri] = ScoreStore()
         return _stores[run_uri]
+
+
+def forget() -> None:
+    """Drop what is stored: a shard that failed is scored again as if it were the first time."""
+    with _lock:
+        _stores.clear()

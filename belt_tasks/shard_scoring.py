@@ -92,16 +92,20 @@ def score_shard(
                 counts += Counts(num_documents=good.num_rows)
         counts += scored.counts
 
-    with (
-        ShardWriter.open(run, shard, table="predictions") as writer,
-        ahead(blocks, most=MOST_WAITING) as tokenized,
-        behind(write, most=MOST_WAITING) as hand_over,
-    ):
-        for block in tokenized:
-            with stopwatch.time("encode"):
-                scored = score_block(block, scorer, store)
-            hand_over(scored)
-            give_back()
+    try:
+        with (
+            ShardWriter.open(run, shard, table="predictions") as writer,
+            ahead(blocks, most=MOST_WAITING) as tokenized,
+            behind(write, most=MOST_WAITING) as hand_over,
+        ):
+            for block in tokenized:
+                with stopwatch.time("encode"):
+                    scored = score_block(block, scorer, store)
+                hand_over(scored)
+                give_back()
+    except BaseException:
+        score_store.forget()
+        raise
     return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
 
 

@@ -4,7 +4,8 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,24 @@ def minilm() -> Path:
     from belt_tasks.demo import demo_encoder
 
     return demo_encoder()
+
+
+@pytest.fixture
+def living_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[threading.Thread]]]:
+    """Those threads still alive that the test has started, directly or not; when it ends, none may be."""
+    started, start = {threading.current_thread()}, threading.Thread.start
+
+    def recorded(thread: threading.Thread) -> None:
+        if threading.current_thread() in started:  # others in this process are not the test's
+            started.add(thread)
+        start(thread)
+
+    def living() -> list[threading.Thread]:
+        return [thread for thread in started if thread.is_alive() and thread is not threading.current_thread()]
+
+    monkeypatch.setattr(threading.Thread, "start", recorded)
+    yield living
+    assert living() == []
 
 
 @pytest.fixture

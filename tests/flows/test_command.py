@@ -129,6 +129,7 @@ def test_a_finished_hugging_face_classifier(labelled_corpus, tiny_encoder, tmp_p
         ({"--chunk-size": "63"}, r"chunk_size must be at most 62 for .*\(it reads 64 tokens, 2 .*special\), got 63"),
         ({"--pooling-strategy": "attention"}, "pooling_strategy must not be 'attention' for .*, got 'attention'"),
         ({"--device": "cuda:99"}, r"device 'cuda:99': this machine has \d+ CUDA devices"),
+        ({"--device": "cpu", "--precision": "fp16"}, "precision must be fp32 or bf16 on a CPU, got 'fp16'"),
     ],
 )
 def test_mistakes_that_the_flow_finds(changes, message, labelled_corpus, tiny_encoder, tiny_checkpoint, tmp_path):

@@ -13,7 +13,7 @@ import data_contracts
 from belt_tasks import corpus, publishing, storage
 from belt_tasks.errors import ConfigError, ContractError
 from belt_tasks.publishing import RunRef, ShardWriter, run_id_of
-from belt_tasks.receipts import Counts
+from belt_tasks.receipts import Counts, ShardReceipt
 from belt_tasks.specs import ChunkSpec, CorpusSpec
 
 STARTED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -293,6 +293,121 @@ def test_readers_see_nothing_before_and_everything_after(run):
     assert publishing.read_table(run.output_uri, "tokens")["doc_id"].to_list() == ["a", "b", "c"]
     assert publishing.read_table(run.output_uri, "tokens", columns=["label"]).columns == ["label"]
     assert len(publishing.read_table(run.output_uri, "rejected")) == 0
+
+
+COST = ("padding_share", "redundant_chunk_share", "flops_per_s", "peak_share", "tokens_per_s", "num_documents_reused")
+
+
+def cost_of(run, *counts, **row):
+    """What the manifest of a run says of its cost, given the counts of its shards and more columns of its row."""
+    receipts = [ShardReceipt(shard_key=f"k{i}", files=(), counts=each) for i, each in enumerate(counts)]
+    manifest = publishing.publish(run, receipts, row={**ROW, **row}, labels=(), started_at=STARTED_AT)
+    assert publishing.read_manifest(run.output_uri) == manifest
+    return {name: manifest.run[name] for name in COST}
+
+
+SMALL_SHARD = Counts(
+    num_documents=10,
+    num_documents_reused=2,
+    num_chunks=20,
+    num_redundant_chunks=10,
+    num_tokens_encoded=90,
+    num_positions=100,
+    num_padding=50,
+    needed_flops=1e12,
+    encode_s=1.0,
+)
+LARGE_SHARD = Counts(
+    num_documents=100,
+    num_documents_reused=3,
+    num_chunks=180,
+    num_redundant_chunks=0,
+    num_tokens_encoded=710,
+    num_positions=900,
+    num_padding=0,
+    needed_flops=97.9e12,
+    encode_s=3.0,
+)
+
+
+def test_shares_and_speeds_are_those_of_all_shards_together(run):
+    told = cost_of(run, SMALL_SHARD, LARGE_SHARD, device="NVIDIA H100 80GB HBM3", precision="bf16")
+
+    assert told == {
+        "padding_share": 50 / 1000,
+        "redundant_chunk_share": 10 / 200,
+        "flops_per_s": pytest.approx(98.9e12 / 4),
+        "peak_share": pytest.approx(0.1 / 4),
+        "tokens_per_s": 800 / 4,
+        "num_documents_reused": 5,
+    }
+
+
+def test_no_padding_and_no_redundant_chunk_are_zero_and_not_unknown(run):
+    told = cost_of(run, LARGE_SHARD.model_copy(update={"num_documents_reused": 0}))
+
+    assert (told["padding_share"], told["redundant_chunk_share"], told["num_documents_reused"]) == (0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "counts", [(), (Counts(),), (Counts(num_rejected=3, read_s=1.0, write_s=1.0), Counts())], ids=["none", "one", "two"]
+)
+def test_a_run_that_encodes_nothing_has_no_shares_and_no_speed(run, counts):
+    told = cost_of(run, *counts, device="NVIDIA H100 80GB HBM3", precision="bf16")
+
+    assert told == {**dict.fromkeys(COST), "num_documents_reused": 0}
+
+
+def test_chunks_that_were_not_encoded_have_a_share_too(run):
+    told = cost_of(run, Counts(num_chunks=8, num_redundant_chunks=2))  # as `belt chunk` counts them
+
+    assert told == {**dict.fromkeys(COST), "redundant_chunk_share": 0.25, "num_documents_reused": 0}
+
+
+def test_an_encoder_whose_cost_is_unknown_has_no_speed_in_flops(run):
+    unknown = SMALL_SHARD.model_copy(update={"needed_flops": 0.0})
+
+    told = cost_of(run, unknown, device="NVIDIA H100 80GB HBM3", precision="bf16")
+
+    assert (told["flops_per_s"], told["peak_share"], told["tokens_per_s"]) == (None, None, 90.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "share"),
+    [
+        ({"device": "NVIDIA H100 PCIe", "precision": "bf16"}, 1e12 / 756e12),
+        ({"device": "NVIDIA H100 PCIe", "precision": "fp16"}, 1e12 / 756e12),
+        ({"device": "NVIDIA H100 PCIe", "precision": "fp32"}, None),
+        ({"device": "NVIDIA H100 PCIe"}, None),
+        ({"device": "cpu", "precision": "bf16"}, None),
+        ({"device": "NVIDIA GeForce RTX 4090", "precision": "bf16"}, None),
+        ({"precision": "bf16"}, None),
+        ({}, None),
+    ],
+)
+def test_the_share_of_the_peak_needs_a_device_that_belt_knows_and_16_bits(run, row, share):
+    told = cost_of(run, SMALL_SHARD, **row)
+
+    assert told["peak_share"] == (None if share is None else pytest.approx(share))
+    assert told["flops_per_s"] == 1e12
+
+
+def test_what_a_run_did_cost_satisfies_its_contract(run):
+    cost_of(run, SMALL_SHARD, LARGE_SHARD, device="NVIDIA H200", precision="bf16")
+
+    row = json.loads(storage.read_bytes(run.manifest_uri))["run"]
+    times = {name: datetime.fromisoformat(row[name]) for name in ("started_at", "finished_at")}
+    table = pa.Table.from_pylist([{**row, **times}], schema=data_contracts.arrow_schema("runs"))
+    assert data_contracts.violations(table, "runs") == []
+    assert list(row) == data_contracts.arrow_schema("runs").names
+
+
+@pytest.mark.parametrize("precision", ["fp64", "int8", ""])
+def test_a_precision_that_the_contract_does_not_know_is_refused(run, precision):
+    with pytest.raises(ContractError, match="precision"):
+        cost_of(run, SMALL_SHARD, precision=precision)
+
+    assert everything(run.output_uri) == []
 
 
 def test_readers_keep_to_the_last_complete_run_while_another_is_under_way(run):

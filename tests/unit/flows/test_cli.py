@@ -193,6 +193,20 @@ def test_wrong_values_name_the_option_what_was_given_and_what_is_allowed(options
         assert re.fullmatch(f"Error: {message}", line), line
 
 
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+@pytest.mark.parametrize("precision", ["nonsense", "FP16", "16", ""])
+def test_a_precision_that_there_is_not_is_wrong_usage_and_those_that_there_are_are_named(
+    command, precision, tiny_checkpoint, tmp_path
+):
+    arguments = ["corpus", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "out", "--precision", precision]
+
+    code, shown, said = belt(command, *arguments)
+
+    assert (code, shown) == (2, "")
+    assert said == f"Error: --precision: input should be 'fp32', 'bf16' or 'fp16', got {precision!r}\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
