@@ -20,6 +20,7 @@ from belt_tasks.tokens import DocumentTokenizer, Tokens
 from belt_tasks.windows import Windows
 
 BLOCK_TOKENS = 1_000_000
+FIRST_BLOCK_TOKENS = 100_000  # so that the encoder does not wait long for its first work
 ROW_TOKENS = 16  # a row takes memory however short its text is, and so does a rejected one: it counts as this many
 
 
@@ -65,6 +66,7 @@ def token_blocks(
     tokens: list[Tokens] = []
     rejected: list[pl.DataFrame] = []
     num_tokens = 0
+    enough = min(FIRST_BLOCK_TOKENS, BLOCK_TOKENS)
     while True:
         with stopwatch.time("read"):
             batch = next(batches, None)
@@ -77,13 +79,13 @@ def token_blocks(
             num_rows = len(batch.good) + len(batch.rejected)
             num_tokens += len(tokens[-1].input_ids_T) + ROW_TOKENS * num_rows
             progress.advance("tokenize", num_rows)
-        if documents and (batch is None or num_tokens >= BLOCK_TOKENS):
+        if documents and (batch is None or num_tokens >= enough):
             yield TokenBlock(
                 documents=pl.concat(documents),
                 tokens=Tokens.concatenate(tokens),
                 rejected=pl.concat(rejected),
             )
-            documents, tokens, rejected, num_tokens = [], [], [], 0
+            documents, tokens, rejected, num_tokens, enough = [], [], [], 0, BLOCK_TOKENS
         if batch is None:
             return
 

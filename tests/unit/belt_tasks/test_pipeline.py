@@ -459,15 +459,20 @@ def test_an_error_behind_is_raised_before_one_that_comes_much_later(first, most,
     assert caught is causes["write"][1]
 
 
-def test_an_error_behind_is_not_lost_where_the_block_raises_another_one_after_it(pools):
-    first = BrokenError("first")
+@pytest.mark.parametrize("num_good", [0, 1, 3])
+def test_an_error_behind_is_not_lost_where_the_block_raises_another_one_after_it(pools, num_good):
+    first, all_given = BrokenError("first"), threading.Event()
 
-    def write(_):
-        raise first
+    def write(item):
+        assert all_given.wait(PATIENCE_S)
+        if item == num_good:
+            raise first
 
     def fail_twice():
-        with behind(write, most=2) as hand_over:
-            hand_over(0)
+        with behind(write, most=num_good + 1) as hand_over:
+            for item in range(num_good + 1):
+                hand_over(item)
+            all_given.set()
             futures.wait(pools[0].submitted)
             raise BrokenError("second")
 
