@@ -76,7 +76,8 @@ def behind(function: Callable[[ItemT], None], *, most: int) -> Iterator[Callable
                 pending.popleft().result()
         except BaseException as error:
             broken = True
-            earlier = next((future.exception() for future in pending if future.done()), None)
+            raised = [future.exception() for future in pending if future.done()]
+            earlier = next((found for found in raised if found is not None), None)
             if earlier is None or earlier is error:
                 raise
             raise error from earlier

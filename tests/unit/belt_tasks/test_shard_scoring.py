@@ -29,7 +29,7 @@ from belt_tasks.shard_scoring import score_block, score_shard
 from belt_tasks.specs import BatchSpec, ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
 from tests.conftest import save_tiny_encoder, words
 
-PATIENCE_S = 30.0  # of a wait that ends at once unless the law is broken
+PATIENCE_S = 100.0  # of a wait that ends at once unless the law is broken
 
 # of no token, of one, of one chunk and of many
 TEXTS = ["", "fox", words(12, seed=1), words(24, seed=2), words(70, seed=3), words(150, seed=4)]
