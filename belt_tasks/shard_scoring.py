@@ -103,10 +103,10 @@ def score_shard(
                     scored = score_block(block, scorer, store)
                 hand_over(scored)
                 give_back()
+        return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
     except BaseException:
-        score_store.forget()
+        score_store.forget()  # another attempt counts what it encodes anew
         raise
-    return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
 
 
 def score_block(block: TokenBlock, scorer: Scorer, store: ScoreStore) -> ScoredBlock:

@@ -516,22 +516,28 @@ def test_counts_of_blocks_are_those_of_one_block(tmp_path, tiny_checkpoint, monk
     assert parts.counts.model_copy(update=seconds) == whole.counts.model_copy(update=seconds)
 
 
-def test_a_second_attempt_tells_of_no_more_shared_texts_than_there_are(tmp_path, tiny_checkpoint, monkeypatch):
-    """Writing failed, as a store that is far away may; a retry in the same process finds the scores, and says so."""
+@pytest.mark.parametrize(
+    ("module", "name"), [(predictions, "build"), (storage, "write_bytes")], ids=["table", "receipt"]
+)
+def test_a_second_attempt_tells_of_no_more_shared_texts_than_there_are(
+    tmp_path, tiny_checkpoint, monkeypatch, module, name
+):
+    """Writing failed, as it may where the output is far away; a retry in the same process counts as the first time."""
     texts = ["fox", "fox", *TEXTS[2:]]
-    shards, run, build = write(tmp_path / "corpus", texts), new_run(tmp_path), predictions.build
+    shards, run = write(tmp_path / "corpus", texts), new_run(tmp_path)
 
     def fail(*_, **__):
         raise ConnectionError
 
-    monkeypatch.setattr(predictions, "build", fail)
-    with pytest.raises(ConnectionError):
-        score(shards, run, tiny_checkpoint)
-    monkeypatch.setattr(predictions, "build", build)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail)
+        with pytest.raises(ConnectionError):
+            score(shards, run, tiny_checkpoint)
     (receipt,) = score(shards, run, tiny_checkpoint)
 
     assert receipt.counts.num_documents == len(texts)
     assert receipt.counts.num_documents_reused == 1  # documents with the text of another one of the run
+    assert receipt.counts.num_chunks == sum(chunks_of(set(texts), tiny_checkpoint).values())
 
 
 # stages beside each other
