@@ -6,8 +6,8 @@ What makes it faster than the module it stands for, with the same result:
   and value are one product; bias, GELU and residual are added inside the products;
 - in the last layer only the first token's row is computed, and keys and values are never formed: a query can be
   carried over to the inputs, q (W x) = (W' q) x, and so can a weighted sum, sum p (W x) = W (sum p x);
-- the key's bias adds a constant to a row of scores as well, and the value's bias passes through the softmax unchanged
-  into the output's bias: neither is computed.
+- the key's bias adds a constant to a row of scores, which softmax does not see, and the value's bias passes through it
+  unchanged into the output's bias: neither is computed.
 
 The operators are private to PyTorch: `supported` asks for them, and whoever uses this module checks it against the
 plain forward first.
