@@ -40,13 +40,13 @@ format: .venv/test  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove everything that the other commands made
-	rm -rf .venv .belt build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .belt build belt_tasks/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "belt needs Python 3.11 or newer, got " + sys.version)'
 	$(PYTHON) -m venv .venv
 
-# A stamp per extra: installed again only when the dependencies change.
-.venv/%: .venv/bin/python pyproject.toml constraints.txt
+# A stamp per extra: installed again only when the dependencies or the compiled kernel change.
+.venv/%: .venv/bin/python pyproject.toml constraints.txt belt_tasks/attention_cpu.c
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from belt_tasks import attention_cpu, encoder, packed_cpu, packed_gpu, packed_modern
+from belt_tasks import encoder, packed_cpu, packed_gpu, packed_modern
 from belt_tasks.batches import MiniBatch
 from belt_tasks.errors import ConfigError
 from belt_tasks.families import body_and_head, read_weights
@@ -25,6 +25,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.2, "fp16": 0.05}
 
 CPU_BATCH_TOKENS = 1024
+LONGEST_CHECKED = 264  # tokens; more than a block of any kernel
 # a GPU's mini-batches: as large as memory allows, up to where larger ones are no faster
 MOST_GPU_TOKENS = 65_536
 PROBE_TOKENS = 4096
@@ -128,7 +129,7 @@ def _packed_encoder(model: nn.Module, device: torch.device, dtype: torch.dtype) 
 
 def largest_difference(fast: ChunkEncoder, plain: ChunkEncoder, model: nn.Module) -> float:
     """Between two encoders' outputs for some chunks, relative to the largest output if that is above 1."""
-    longest = min(encoder.num_positions(model) or attention_cpu.LONG, attention_cpu.LONG + 8)
+    longest = min(encoder.num_positions(model) or LONGEST_CHECKED, LONGEST_CHECKED)
     batch = probe([longest, max(longest // 3, 2), 2], model)
     with torch.inference_mode():
         expected_BK = plain.encode(batch)

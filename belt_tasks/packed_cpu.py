@@ -16,13 +16,17 @@ plain forward first.
 import math
 import os
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-from belt_tasks.attention_cpu import attend, score_bound
+from belt_tasks.attention_cpu import attend
 from belt_tasks.batches import MiniBatch
 from belt_tasks.families import Affine, EncoderWeights, Layer
+
+Int64 = npt.NDArray[np.int64]
 
 PACKED_ROWS = 2048  # a hint of how many rows a product will have
 
@@ -56,7 +60,7 @@ class PackedCpuForward:
         self._word_VH, self._position_PH = weights.word_VH, weights.position_PH
         self._embedding_norm = weights.embedding_norm
         bias_NPP = weights.position_bias_NPP
-        self._bias_NPP = None if bias_NPP is None else (bias_NPP * math.log2(math.e)).to(dtype)
+        self._bias_NPP = None if bias_NPP is None else (bias_NPP * math.log2(math.e)).float().contiguous()
         self._largest_bias = 0.0 if bias_NPP is None else float(bias_NPP.abs().max()) * math.log2(math.e)
         *inner, last = weights.layers
         self._layers = [_PackedLayer(layer, weights.num_heads, dtype) for layer in inner]
@@ -69,34 +73,17 @@ class PackedCpuForward:
         position_T = torch.arange(len(batch.input_ids_T)) - first_B.repeat_interleave(num_tokens_B)
         x_TH = self._norm(self._word_VH[batch.input_ids_T] + self._position_PH[position_T], self._embedding_norm)
         x_TH = x_TH.to(self.dtype)
-        lengths = batch.num_tokens_B.tolist()
         for layer in self._layers:
-            x_TH = self._inner_layer(x_TH, lengths, layer)
-        return self._last_layer(x_TH, first_B, lengths).float()
+            x_TH = self._inner_layer(x_TH, batch.num_tokens_B, layer)
+        return self._last_layer(x_TH, first_B, batch.num_tokens_B.tolist()).float()
 
-    def _inner_layer(self, x_TH: Tensor, lengths: list[int], layer: "_PackedLayer") -> Tensor:
-        qkv_T3H = layer.qkv(x_TH)
-        context_TH = torch.empty_like(x_TH)
-        first = 0
-        for length in lengths:
-            chunk = slice(first, first + length)
-            self._attend(qkv_T3H[chunk], context_TH[chunk])
-            first += length
-        x_TH = self._norm(layer.output.add_to(x_TH, context_TH), layer.output_norm)
-        return self._norm(layer.projection.add_to(x_TH, layer.feed_forward(x_TH)), layer.projection_norm)
-
-    def _attend(self, qkv_S3H: Tensor, context_SH: Tensor) -> None:
-        """Attention of one chunk of S tokens with N heads of D numbers."""
-        qkv_S3ND = qkv_S3H.view(len(qkv_S3H), 3, self._num_heads, -1)
-        query_NSD, key_NSD, value_NSD = qkv_S3ND.permute(1, 2, 0, 3)
-        attend(
-            query_NSD,
-            key_NSD,
-            value_NSD,
-            context_SH.view(len(qkv_S3H), self._num_heads, -1).transpose(0, 1),
-            bound_N=score_bound(qkv_S3ND[:, :2]) + self._largest_bias,
-            bias_NSS=None if self._bias_NPP is None else self._bias_NPP[:, : len(qkv_S3H), : len(qkv_S3H)],
+    def _inner_layer(self, x_TH: Tensor, num_tokens_B: Int64, layer: "_PackedLayer") -> Tensor:
+        query_TND, key_TND, value_TND = layer.qkv(x_TH).view(len(x_TH), 3, self._num_heads, -1).unbind(1)
+        context_TND = attend(
+            query_TND, key_TND, value_TND, num_tokens_B, bias_NPP=self._bias_NPP, largest_bias=self._largest_bias
         )
+        x_TH = self._norm(layer.output.add_to(x_TH, context_TND.flatten(1)), layer.output_norm)
+        return self._norm(layer.projection.add_to(x_TH, layer.feed_forward(x_TH)), layer.projection_norm)
 
     def _last_layer(self, x_TH: Tensor, first_B: Tensor, lengths: list[int]) -> Tensor:
         layer = self._last

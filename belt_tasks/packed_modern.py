@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import PreTrainedModel
 
-from belt_tasks.attention_cpu import attend, score_bound
+from belt_tasks.attention_cpu import attend
 from belt_tasks.batches import MiniBatch
 from belt_tasks.families import Affine
 from belt_tasks.packed_cpu import PackedLinear
@@ -49,7 +49,6 @@ class PackedModernForward:
 
     def first_tokens(self, batch: MiniBatch) -> Tensor:
         """The last hidden state of each chunk's first token, float32 [B, H]."""
-        lengths = batch.num_tokens_B.tolist()
         num_tokens_B = torch.from_numpy(batch.num_tokens_B)
         first_B = num_tokens_B.cumsum(0) - num_tokens_B
         position_T = torch.arange(len(batch.input_ids_T)) - first_B.repeat_interleave(num_tokens_B)
@@ -57,20 +56,12 @@ class PackedModernForward:
         x_TH = self._norm(self._word_VH[batch.input_ids_T], self._embedding_norm).to(self._dtype)
         *inner, last = self._layers
         for layer in inner:
-            query_TND, key_TND, value_TND, bound_BN = self._qkv(layer, x_TH, rotations[layer.kind], lengths)
-            context_TND = torch.empty_like(value_TND, memory_format=torch.contiguous_format)
-            first = 0
-            for length, bound_N in zip(lengths, bound_BN, strict=True):
-                query, key, value, context = (
-                    part[first : first + length].transpose(0, 1)
-                    for part in (query_TND, key_TND, value_TND, context_TND)
-                )
-                attend(query, key, value, context, bound_N=bound_N, window=layer.window)
-                first += length
+            query_TND, key_TND, value_TND = self._qkv(layer, x_TH, rotations[layer.kind])
+            context_TND = attend(query_TND, key_TND, value_TND, batch.num_tokens_B, window=layer.window)
             x_TH = self._behind_attention(layer, x_TH, context_TND.flatten(1))
-        query_TND, key_TND, value_TND, _ = self._qkv(last, x_TH, rotations[last.kind], lengths)
+        query_TND, key_TND, value_TND = self._qkv(last, x_TH, rotations[last.kind])
         context_BH = torch.empty_like(x_TH[first_B])
-        for chunk, (first, length) in enumerate(zip(first_B.tolist(), lengths, strict=True)):
+        for chunk, (first, length) in enumerate(zip(first_B.tolist(), batch.num_tokens_B.tolist(), strict=True)):
             seen = slice(first, first + (length if last.window is None else min(length, last.window + 1)))
             score_NS = torch.einsum("nd,snd->ns", query_TND[first], key_TND[seen]).float()
             weight_NS = torch.softmax(score_NS * math.log(2.0), dim=-1).to(self._dtype)
@@ -79,9 +70,9 @@ class PackedModernForward:
         return self._norm(x_BH, self._final_norm).float()
 
     def _qkv(
-        self, layer: "_ModernLayer", x_TH: Tensor, rotation: tuple[Tensor, Tensor], lengths: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Rotated queries and keys, values [T, N, D] each, and the bound of each chunk's scores."""
+        self, layer: "_ModernLayer", x_TH: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, [T, N, D] each."""
         normed_TH = x_TH if layer.attention_norm is None else self._norm(x_TH, layer.attention_norm)
         qkv_T3ND = layer.qkv(normed_TH).view(len(x_TH), 3, self._num_heads, -1)
         qk_T2ND, value_TND = qkv_T3ND[:, :2], qkv_T3ND[:, 2]
@@ -89,8 +80,7 @@ class PackedModernForward:
         half = qk_T2ND.shape[-1] // 2
         turned_T2ND = torch.cat([-qk_T2ND[..., half:], qk_T2ND[..., :half]], dim=-1)
         rotated_T2ND = (qk_T2ND.float() * cosine_T11D + turned_T2ND.float() * sine_T11D).to(self._dtype)
-        bound_BN = [score_bound(chunk) for chunk in torch.split(rotated_T2ND, lengths)]
-        return rotated_T2ND[:, 0], rotated_T2ND[:, 1], value_TND, bound_BN
+        return rotated_T2ND[:, 0], rotated_T2ND[:, 1], value_TND
 
     def _behind_attention(self, layer: "_ModernLayer", x_TH: Tensor, context_TH: Tensor) -> Tensor:
         x_TH = layer.output.add_to(x_TH, context_TH)

@@ -57,19 +57,14 @@ def difference(model, batch, precision="fp32"):
     return float((found - expected).abs().max())
 
 
-@pytest.fixture(params=["short", "long"])
+@pytest.fixture(params=["compiled", "operators"])
 def either_attention(request, monkeypatch):
-    """Tiny encoders read fewer tokens than the products of long chunks are meant for."""
-    if request.param == "long":
-        monkeypatch.setattr(attention_cpu, "LONG", 1)
+    """The compiled kernel where there is one, and PyTorch's operators."""
+    if request.param == "operators":
+        monkeypatch.setattr(attention_cpu, "uses_kernel", lambda *_: False)
 
 
-@pytest.fixture(params=["shifted", "never too large"])
-def either_softmax(request, monkeypatch):
-    monkeypatch.setattr(attention_cpu, "LARGEST_SCORE", -1.0 if request.param == "shifted" else 100.0)
-
-
-@pytest.mark.usefixtures("either_attention", "either_softmax")
+@pytest.mark.usefixtures("either_attention")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_agrees_with_its_own_forward(tiny_encoders, family):
     model = chunk_model(tiny_encoders(family))
@@ -108,23 +103,11 @@ def test_any_chunks_agree(tiny_encoders, lengths, seed, family):
     assert difference(chunk_model(tiny_encoders(family), seed=seed), random_batch(lengths, seed=seed)) < 1e-5
 
 
-@pytest.mark.usefixtures("either_attention", "either_softmax")
-def test_a_windowed_layer_computes_scores_block_by_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_cpu, "WINDOW_ROWS", 16)
-    monkeypatch.setattr(attention_cpu, "MOST_ROWS", 40)
-    monkeypatch.setattr(attention_cpu, "MOST_SCORES", 16 * 40 * 2)  # two of the four heads at a time
+@pytest.mark.usefixtures("either_attention")
+def test_windowed_layers_agree(tmp_path):
     encoder = save_tiny_encoder(tmp_path / "modernbert", "modernbert", num_hidden_layers=5)
 
     assert difference(chunk_model(encoder), random_batch([*LENGTHS, 16, 17, 32, 33, 40, 41])) < 1e-5
-
-
-@pytest.mark.usefixtures("either_attention")
-@pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_a_long_chunk_takes_its_queries_in_blocks(tiny_encoders, monkeypatch, family):
-    monkeypatch.setattr(attention_cpu, "MOST_ROWS", 20)
-    monkeypatch.setattr(attention_cpu, "MOST_SCORES", 1)  # one head at a time
-
-    assert difference(chunk_model(tiny_encoders(family)), random_batch(LENGTHS)) < 1e-5
 
 
 def test_a_head_that_reads_more_than_the_first_token_runs_by_the_models_own_forward(tmp_path, tiny_encoders):
@@ -135,6 +118,7 @@ def test_a_head_that_reads_more_than_the_first_token_runs_by_the_models_own_forw
     assert isinstance(build_encoder(model, device=CPU, precision="fp32"), PlainEncoder)
 
 
+@pytest.mark.usefixtures("either_attention")
 @pytest.mark.parametrize("lengths", [[512, 511, 3, 200], [256], [255, 2]])
 def test_real_weights_agree(minilm, lengths):
     batch = random_batch(lengths, pad_id=0, first_id=1000, last_id=30_000)
@@ -142,6 +126,7 @@ def test_real_weights_agree(minilm, lengths):
     assert difference(chunk_model(minilm), batch) < 1e-5
 
 
+@pytest.mark.usefixtures("either_attention")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_stays_near(tiny_encoders, minilm, family):
     assert difference(chunk_model(tiny_encoders(family)), random_batch(LENGTHS), "bf16") < 0.2
@@ -150,6 +135,7 @@ def test_bf16_stays_near(tiny_encoders, minilm, family):
         assert difference(chunk_model(minilm), batch, "bf16") < 0.02
 
 
+@pytest.mark.usefixtures("either_attention")
 def test_scores_too_large_for_an_exponent_are_shifted(tiny_encoder):
     model = chunk_model(tiny_encoder)
     with torch.no_grad():
