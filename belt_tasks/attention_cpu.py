@@ -41,12 +41,13 @@ def attend(
         query_TND: scaled, fp32 or bf16; heads of a token lie side by side, as in key and value.
         key_TND: of the same dtype.
         value_TND: as well.
-        num_tokens_B: tokens of each chunk, one after the other.
+        num_tokens_B: tokens of each chunk, one after the other; rows behind the last get zeros.
         bias_NPP: fp32, added to scores by position, scaled by log2(e).
         largest_bias: no number of the bias is further from zero.
         window: tokens further apart than this do not see each other; None lets all.
     """
     context_TND = torch.empty(value_TND.shape, dtype=value_TND.dtype)
+    context_TND[num_tokens_B.sum() :] = 0
     kernel = load_kernel()
     if kernel is not None and uses_kernel(value_TND.shape[-1], value_TND.dtype):
         _attend_by_kernel(
@@ -122,8 +123,8 @@ def _attend_by_kernel(
     if any(part.shape != value_TND.shape or part.stride()[1:] != (head_size, 1) for part in parts):
         layouts = ", ".join(f"{tuple(part.shape)} by {part.stride()}" for part in parts)
         raise ValueError(f"query, key and value must have one shape, heads of a token side by side, got {layouts}")
-    if num_tokens_B.sum() != len(value_TND):
-        raise ValueError(f"chunks must have {len(value_TND):,} tokens in all, got {num_tokens_B.sum():,}")
+    if num_tokens_B.sum() > len(value_TND):
+        raise ValueError(f"chunks must have at most {len(value_TND):,} tokens in all, got {num_tokens_B.sum():,}")
     if bias_NPP is not None and not (bias_NPP.is_contiguous() and bias_NPP.shape[-1] >= num_tokens_B.max()):
         raise ValueError(f"bias must cover {num_tokens_B.max():,} positions, got {tuple(bias_NPP.shape)}")
     failed = kernel.belt_attend(

@@ -14,13 +14,12 @@ plain forward first.
 """
 
 import math
-import os
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import pad
 
 from belt_tasks.attention_cpu import attend
 from belt_tasks.batches import MiniBatch
@@ -29,10 +28,7 @@ from belt_tasks.families import Affine, EncoderWeights, Layer
 Int64 = npt.NDArray[np.int64]
 
 PACKED_ROWS = 2048  # a hint of how many rows a product will have
-
-# Each shape of a product has a kernel of its own, some 300 KiB with what it needs; oneDNN would keep 1024 of them, and
-# chunks come sorted by length, so that few shapes are in use at a time. Read when its first kernel is made.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+ROW_STEP = 16  # products have a multiple of so many rows: oneDNN makes a kernel of 300 KiB for each number of them
 
 
 def supported(dtype: torch.dtype) -> bool:
@@ -72,7 +68,7 @@ class PackedCpuForward:
         first_B = num_tokens_B.cumsum(0) - num_tokens_B
         position_T = torch.arange(len(batch.input_ids_T)) - first_B.repeat_interleave(num_tokens_B)
         x_TH = self._norm(self._word_VH[batch.input_ids_T] + self._position_PH[position_T], self._embedding_norm)
-        x_TH = x_TH.to(self.dtype)
+        x_TH = _round_rows(x_TH.to(self.dtype))
         for layer in self._layers:
             x_TH = self._inner_layer(x_TH, batch.num_tokens_B, layer)
         return self._last_layer(x_TH, first_B, batch.num_tokens_B.tolist()).float()
@@ -87,25 +83,25 @@ class PackedCpuForward:
 
     def _last_layer(self, x_TH: Tensor, first_B: Tensor, lengths: list[int]) -> Tensor:
         layer = self._last
-        x_BH = x_TH[first_B]
-        query_BND = linear(x_BH, layer.query.weight, layer.query.bias).view(len(lengths), self._num_heads, -1)
+        x_BH = _round_rows(x_TH[first_B])
+        query_BND = layer.query(x_BH)[: len(lengths)].float().view(len(lengths), self._num_heads, -1)
         # the query as it meets the inputs, before any key is formed
         query_BNH = torch.einsum("bnd,ndh->bnh", query_BND, layer.key_NDH)
+        # few and small products, each of another shape: in fp32, which makes no kernel for every one
+        x_TH = x_TH.float()
         seen_BNH = torch.empty_like(query_BNH)
         first = 0
         for chunk, length in enumerate(lengths):
             x_SH = x_TH[first : first + length]
-            scores_NS = (query_BNH[chunk] @ x_SH.T).float()
+            scores_NS = query_BNH[chunk] @ x_SH.T
             if self._bias_NPP is not None:
                 scores_NS += self._bias_NPP[:, 0, :length]
-            weight_NS = torch.softmax(scores_NS * math.log(2.0), dim=-1).to(self.dtype)
-            torch.mm(weight_NS, x_SH, out=seen_BNH[chunk])
+            torch.mm(torch.softmax(scores_NS * math.log(2.0), dim=-1), x_SH, out=seen_BNH[chunk])
             first += length
-        context_BH = torch.einsum("bnh,ndh->bnd", seen_BNH, layer.value_NDH).reshape_as(x_BH)
-        x_BH = self._norm(linear(context_BH, layer.output.weight, layer.output.bias) + x_BH, layer.output_norm)
-        hidden_BI = gelu(linear(x_BH, layer.feed_forward.weight, layer.feed_forward.bias))
-        projected_BH = linear(hidden_BI, layer.projection.weight, layer.projection.bias)
-        return self._norm(projected_BH + x_BH, layer.projection_norm)
+        context_BH = torch.einsum("bnh,ndh->bnd", seen_BNH, layer.value_NDH).flatten(1).to(self.dtype)
+        x_BH = self._norm(layer.output.add_to(x_BH, _round_rows(context_BH)), layer.output_norm)
+        x_BH = self._norm(layer.projection.add_to(x_BH, layer.feed_forward(x_BH)), layer.projection_norm)
+        return x_BH[: len(lengths)]
 
     def _norm(self, x_TH: Tensor, norm: Affine) -> Tensor:
         return torch.layer_norm(x_TH, norm.weight.shape, norm.weight, norm.bias, self._eps)
@@ -136,14 +132,10 @@ class PackedLinear:
         return result
 
 
-class _PackedLayer:
-    """A layer whose tokens are all computed."""
+class _BehindAttention:
+    """What every layer does with its context."""
 
-    def __init__(self, layer: Layer, num_heads: int, dtype: torch.dtype) -> None:
-        query = _scaled_query(layer, num_heads)
-        weight = torch.cat([query.weight, layer.key.weight, layer.value.weight])
-        bias = torch.cat([query.bias, torch.zeros_like(layer.key.bias), torch.zeros_like(layer.value.bias)])
-        self.qkv = PackedLinear(Affine(weight=weight, bias=bias), dtype)
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         self.output = PackedLinear(_output_with_value_bias(layer), dtype)
         self.output_norm = _cast(layer.output_norm, dtype)
         self.feed_forward = PackedLinear(layer.feed_forward, dtype, then="gelu")
@@ -151,19 +143,31 @@ class _PackedLayer:
         self.projection_norm = _cast(layer.projection_norm, dtype)
 
 
-class _LastLayer:
+class _PackedLayer(_BehindAttention):
+    """A layer whose tokens are all computed."""
+
+    def __init__(self, layer: Layer, num_heads: int, dtype: torch.dtype) -> None:
+        super().__init__(layer, dtype)
+        query = _scaled_query(layer, num_heads)
+        weight = torch.cat([query.weight, layer.key.weight, layer.value.weight])
+        bias = torch.cat([query.bias, torch.zeros_like(layer.key.bias), torch.zeros_like(layer.value.bias)])
+        self.qkv = PackedLinear(Affine(weight=weight, bias=bias), dtype)
+
+
+class _LastLayer(_BehindAttention):
     """The layer of which only first tokens are computed."""
 
     def __init__(self, layer: Layer, num_heads: int, dtype: torch.dtype) -> None:
+        super().__init__(layer, dtype)
         hidden_size = layer.key.weight.shape[1]
-        self.query = _cast(_scaled_query(layer, num_heads), dtype)
-        self.key_NDH = layer.key.weight.view(num_heads, -1, hidden_size).to(dtype)
-        self.value_NDH = layer.value.weight.view(num_heads, -1, hidden_size).to(dtype)
-        self.output = _cast(_output_with_value_bias(layer), dtype)
-        self.output_norm = _cast(layer.output_norm, dtype)
-        self.feed_forward = _cast(layer.feed_forward, dtype)
-        self.projection = _cast(layer.projection, dtype)
-        self.projection_norm = _cast(layer.projection_norm, dtype)
+        self.query = PackedLinear(_scaled_query(layer, num_heads), dtype)
+        self.key_NDH = layer.key.weight.view(num_heads, -1, hidden_size)
+        self.value_NDH = layer.value.weight.view(num_heads, -1, hidden_size)
+
+
+def _round_rows(x_TH: Tensor) -> Tensor:
+    """Rows of zeros behind the last, up to a multiple of ROW_STEP."""
+    return pad(x_TH, (0, 0, 0, -len(x_TH) % ROW_STEP))
 
 
 def _scaled_query(layer: Layer, num_heads: int) -> Affine:
