@@ -23,7 +23,7 @@ from belt_tasks.specs import CorpusSpec, Spec
 SHARD_BYTES = 128 * 2**20
 # a batch is the smaller of the two, though never less than one row
 BATCH_ROWS = 1024
-BATCH_BYTES = 16 * 2**20
+BATCH_BYTES = 2**20
 NUM_PROBLEMS = 10
 
 LabelRole = Literal["none", "label", "labels", "target"]

@@ -31,6 +31,19 @@ class ScorePlan(Spec):
     """Its name."""
     duplicates_uri: str | None
 
+    def run_row(self, corpus_uri: str) -> dict[str, str | None]:
+        """What the run's row of the `runs` table says of this plan."""
+        return {
+            "flow": "score",
+            "corpus_uri": corpus_uri,
+            "checkpoint_uri": self.checkpoint_uri,
+            "checkpoint_digest": self.checkpoint_digest,
+            "scoring_fingerprint": self.scoring_fingerprint,
+            "device": self.device,
+            "precision": self.spec.precision,
+            "spec": self.spec.model_dump_json(),
+        }
+
 
 class ChunkPlan(Spec):
     """A chunking run, ready to start."""

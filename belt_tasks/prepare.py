@@ -19,7 +19,7 @@ from belt_tasks.specs import CorpusSpec
 from belt_tasks.tokens import DocumentTokenizer, Tokens
 from belt_tasks.windows import Windows
 
-BLOCK_TOKENS = 1_000_000
+BLOCK_TOKENS = 500_000
 FIRST_BLOCK_TOKENS = 100_000  # so that the encoder does not wait long for its first work
 ROW_TOKENS = 16  # a row takes memory however short its text is, and so does a rejected one: it counts as this many
 

@@ -67,6 +67,33 @@ class ScoreStore:
         self._connection.close()
 
 
+class Claims:
+    """The texts that one pipeline has taken on, before a store: each is encoded once, also while it is on its way.
+
+    Blocks are settled in the order in which they were taken, so that what an earlier block encodes is stored when a
+    later one that holds the same text is settled.
+    """
+
+    def __init__(self, store: ScoreStore) -> None:
+        self.store = store
+        self._lock = threading.Lock()
+        self._taken: set[str] = set()
+
+    def take(self, fingerprints: list[str]) -> set[str]:
+        """Those that are to be encoded: neither stored nor taken before."""
+        with self._lock:
+            free = set(fingerprints) - self._taken  # first: what is settled now is stored already
+            free -= self.store.get(list(free)).keys()
+            self._taken |= free
+        return free
+
+    def settle(self, scores: dict[str, StoredScore]) -> None:
+        """Store the scores of texts that were taken."""
+        self.store.put(scores)
+        with self._lock:
+            self._taken -= scores.keys()
+
+
 _stores: dict[str, ScoreStore] = {}
 _lock = threading.Lock()
 

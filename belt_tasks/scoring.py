@@ -164,18 +164,20 @@ class Scorer:
         seeds_D = prepare.document_seeds(content_fingerprints_D) if self.chunks.selection == "random_k" else None
         return chunk_windows(tokens.num_tokens_D, self.chunks, document_seed_D=seeds_D)
 
-    def score(self, tokens: Tokens, windows: Windows, documents: Int64) -> DocumentScores:
-        """Score some of the documents, at least one."""
-        chosen = windows.of_documents(documents)
-        outputs_CK = encode_windows(
+    def encode(self, tokens: Tokens, documents: Int64, windows: Windows) -> Tensor:
+        """Chunk outputs, float32 [C, K] on the CPU, of the windows of some documents, at least one."""
+        return encode_windows(
             self.encoder,
             tokens.input_ids_T,
-            chosen,
+            windows,
             first_token_D=tokens.offsets[:-1][documents],
             special=self.checkpoint.tokenizer.special,
             batches=self.batches,
         )
-        return score_windows(outputs_CK, chosen, spec=self.pooling, head=self.checkpoint.head)
+
+    def pool(self, outputs_CK: Tensor, windows: Windows) -> DocumentScores:
+        """Scores of the documents whose windows were encoded."""
+        return score_windows(outputs_CK, windows, spec=self.pooling, head=self.checkpoint.head)
 
     def cost(self, windows: Windows) -> Counts:
         """What it takes to encode some windows, besides seconds."""
@@ -204,4 +206,4 @@ def score_texts(texts: Sequence[str], checkpoint: Checkpoint, spec: ScoreSpec) -
     scorer = Scorer.of(checkpoint, spec)
     tokens = checkpoint.tokenizer.tokenize(texts)
     windows = scorer.windows(tokens, prepare.content_fingerprints(texts))
-    return scorer.score(tokens, windows, np.arange(len(texts)))
+    return scorer.pool(scorer.encode(tokens, np.arange(len(texts)), windows), windows)

@@ -1,10 +1,18 @@
-"""Shard scoring: a shard's documents to its predictions. Reading, encoding and writing run beside each other."""
+"""Shard scoring: a shard's documents to its predictions.
 
+Three stages run beside each other, so that the encoder never waits: reading, tokenizing and planning ahead of it,
+pooling and writing behind it.
+"""
+
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from belt_tasks import heads, predictions, prepare, progress, publishing, score_store
 from belt_tasks.checkpoint import cache
@@ -15,21 +23,34 @@ from belt_tasks.predictions import DocumentScores
 from belt_tasks.prepare import TokenBlock
 from belt_tasks.publishing import RunRef, ShardWriter
 from belt_tasks.receipts import Counts, ShardReceipt, Stopwatch
-from belt_tasks.score_store import ScoreStore, StoredScore
+from belt_tasks.score_store import Claims, StoredScore
 from belt_tasks.scoring import Scorer
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from belt_tasks.windows import Windows
+
+Int64 = npt.NDArray[np.int64]
 
 # blocks that wait before and behind the encoder: enough that it never does, and a few megabytes each
 MOST_WAITING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredBlock:
-    """A block and what the model says of its documents."""
+class PlannedBlock:
+    """A block, its windows, and the documents to encode."""
 
     block: TokenBlock
     windows: Windows
+    """Of all its documents."""
+    new_documents: Int64
+    """Rows of those whose text has no score yet and none on its way."""
+    new_windows: Windows | None
+    """Theirs; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredBlock:
+    """What the model says of a block's documents."""
+
     scores: DocumentScores | None
     """None where there is no document."""
     counts: Counts
@@ -66,21 +87,25 @@ def score_shard(
         progress.advance("tokenize", shard.num_rows)
         return finished
     scorer = Scorer.of(cache.get(checkpoint_uri, checkpoint_digest), spec)
-    store = score_store.of_run(run.uri)
+    claims = Claims(score_store.of_run(run.uri))
     stamp = predictions.Stamp(run_id=run.run_id, checkpoint_digest=checkpoint_digest, scored_at=datetime.now(UTC))
     stopwatch, counts = Stopwatch(), Counts()
     blocks = prepare.token_blocks(
         shard, corpus, scorer.checkpoint.tokenizer, duplicates_uri=duplicates_uri, stopwatch=stopwatch
     )
 
-    def write(scored: ScoredBlock) -> None:
+    planned = planned_blocks(blocks, scorer, claims, stopwatch)
+
+    def finish(encoded: tuple[PlannedBlock, Tensor | None]) -> None:
         nonlocal counts
         with stopwatch.time("write"):
-            writer.reject(scored.block.rejected)
+            block, windows = encoded[0].block, encoded[0].windows
+            scored = score_block(*encoded, scorer, claims)
+            writer.reject(block.rejected)
             if scored.scores is not None:
                 good, bad = predictions.build(
-                    scored.block,
-                    scored.windows,
+                    block,
+                    windows,
                     scored.scores,
                     head=scorer.checkpoint.head,
                     threshold=spec.threshold,
@@ -95,13 +120,13 @@ def score_shard(
     try:
         with (
             ShardWriter.open(run, shard, table="predictions") as writer,
-            ahead(blocks, most=MOST_WAITING) as tokenized,
-            behind(write, most=MOST_WAITING) as hand_over,
+            ahead(planned, most=MOST_WAITING) as ready,
+            behind(finish, most=MOST_WAITING) as hand_over,
         ):
-            for block in tokenized:
+            for block in ready:
                 with stopwatch.time("encode"):
-                    scored = score_block(block, scorer, store)
-                hand_over(scored)
+                    outputs_CK = encode_block(block, scorer)
+                hand_over((block, outputs_CK))
                 give_back()
         return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
     except BaseException:
@@ -109,37 +134,56 @@ def score_shard(
         raise
 
 
-def score_block(block: TokenBlock, scorer: Scorer, store: ScoreStore) -> ScoredBlock:
-    """Score a block, each different text once.
+def planned_blocks(
+    blocks: Generator[TokenBlock], scorer: Scorer, claims: Claims, watch: Stopwatch
+) -> Generator[PlannedBlock]:
+    """Plan blocks as they come, and close their source at the end."""
+    with closing(blocks):
+        for block in blocks:
+            with watch.time("tokenize"):
+                planned = plan_block(block, scorer, claims)
+            yield planned
 
-    Args:
-        block: documents, possibly none.
-        scorer: checkpoint and spec.
-        store: scores of the run's earlier texts; those of this block are added.
-    """
+
+def plan_block(block: TokenBlock, scorer: Scorer, claims: Claims) -> PlannedBlock:
+    """Cut the documents of a block, possibly none, and choose those to encode: each different text once."""
     fingerprints_D = block.documents["content_fingerprint"]
     windows = scorer.windows(block.tokens, fingerprints_D)
-    if len(fingerprints_D) == 0:
-        return ScoredBlock(block=block, windows=windows, scores=None, counts=Counts())
-    known = store.get(fingerprints_D.unique().to_list())
-    is_new_D = (fingerprints_D.is_first_distinct() & ~fingerprints_D.is_in(list(known))).to_numpy()
-    new_documents = np.flatnonzero(is_new_D)
-    counts = prepare.count(windows, block.tokens)
-    encoded = Counts()
-    if len(new_documents) > 0:
-        fresh = scorer.score(block.tokens, windows, new_documents)
-        rows = zip(fresh.logits_DL, fresh.top_chunk_D.tolist(), strict=True)
-        scores = [StoredScore(logits_L=logits_L, top_chunk=top_chunk) for logits_L, top_chunk in rows]
-        added = dict(zip(fingerprints_D.gather(new_documents), scores, strict=True))
-        store.put(added)
-        known |= added
-        chosen = windows.of_documents(new_documents)
-        encoded = prepare.count(chosen, block.tokens) + scorer.cost(chosen)
-    stored = [known[fingerprint] for fingerprint in fingerprints_D]
-    logits_DL = np.stack([score.logits_L for score in stored])
-    return ScoredBlock(
+    taken = claims.take(fingerprints_D.unique().to_list())
+    is_new_D = fingerprints_D.is_first_distinct() & fingerprints_D.is_in(list(taken))
+    new_documents = np.flatnonzero(is_new_D.to_numpy())
+    return PlannedBlock(
         block=block,
         windows=windows,
+        new_documents=new_documents,
+        new_windows=windows.of_documents(new_documents) if len(new_documents) else None,
+    )
+
+
+def encode_block(planned: PlannedBlock, scorer: Scorer) -> Tensor | None:
+    """Chunk outputs of the documents that are to be encoded; None where there are none."""
+    if planned.new_windows is None:
+        return None
+    return scorer.encode(planned.block.tokens, planned.new_documents, planned.new_windows)
+
+
+def score_block(planned: PlannedBlock, outputs_CK: Tensor | None, scorer: Scorer, claims: Claims) -> ScoredBlock:
+    """Pool what was encoded, store it, and take the scores of all documents from the store."""
+    block, fingerprints_D = planned.block, planned.block.documents["content_fingerprint"]
+    if len(fingerprints_D) == 0:
+        return ScoredBlock(scores=None, counts=Counts())
+    encoded = Counts()
+    if outputs_CK is not None and planned.new_windows is not None:
+        fresh = scorer.pool(outputs_CK, planned.new_windows)
+        rows = zip(fresh.logits_DL, fresh.top_chunk_D.tolist(), strict=True)
+        scores = [StoredScore(logits_L=logits_L, top_chunk=top_chunk) for logits_L, top_chunk in rows]
+        claims.settle(dict(zip(fingerprints_D.gather(planned.new_documents), scores, strict=True)))
+        encoded = prepare.count(planned.new_windows, block.tokens) + scorer.cost(planned.new_windows)
+    known = claims.store.get(fingerprints_D.unique().to_list())
+    stored = [known[fingerprint] for fingerprint in fingerprints_D]
+    logits_DL = np.stack([score.logits_L for score in stored])
+    counts = prepare.count(planned.windows, block.tokens)
+    return ScoredBlock(
         scores=DocumentScores(
             logits_DL=logits_DL,
             scores_DL=heads.scores(torch.from_numpy(logits_DL).double(), scorer.checkpoint.head).numpy(),
@@ -148,7 +192,7 @@ def score_block(block: TokenBlock, scorer: Scorer, store: ScoreStore) -> ScoredB
         counts=encoded.model_copy(
             update={
                 "num_documents": 0,  # known when they are written
-                "num_documents_reused": len(stored) - len(new_documents),
+                "num_documents_reused": len(stored) - len(planned.new_documents),
                 "num_tokens": counts.num_tokens,
                 "num_tokens_scored": counts.num_tokens_scored,
             }

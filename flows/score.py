@@ -46,16 +46,7 @@ def score(
         manifest = tasks.publish(
             plan.run,
             receipts,
-            row={
-                "flow": "score",
-                "corpus_uri": corpus_uri,
-                "checkpoint_uri": plan.checkpoint_uri,
-                "checkpoint_digest": plan.checkpoint_digest,
-                "scoring_fingerprint": plan.scoring_fingerprint,
-                "device": plan.device,
-                "precision": plan.spec.precision,
-                "spec": plan.spec.model_dump_json(),
-            },
+            row=plan.run_row(corpus_uri),
             labels=plan.labels,
             started_at=started_at,
         )

@@ -12,7 +12,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ import polars as pl
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from belt_tasks import checkpoint, demo, encoder, planning, publishing, shard_scoring
+from belt_tasks import checkpoint, demo, encoder
+from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
 
 WORDS_PER_DOCUMENT = 700
@@ -95,23 +95,8 @@ def write_corpus(path: Path, lengths: list[int]) -> None:
 
 def score(corpus_uri: str, checkpoint_uri: str) -> dict[str, float]:
     """Score a corpus in this process; its peak memory and what it read."""
-    started_at = datetime.now(UTC)
     with tempfile.TemporaryDirectory() as folder:
-        plan = planning.plan_scoring(corpus_uri, checkpoint_uri, folder, CorpusSpec(), ScoreSpec(device="cpu"))
-        receipts = [
-            shard_scoring.score_shard(
-                shard,
-                CorpusSpec(),
-                plan.spec,
-                run=plan.run,
-                checkpoint_uri=plan.checkpoint_uri,
-                checkpoint_digest=plan.checkpoint_digest,
-                duplicates_uri=plan.duplicates_uri,
-            )
-            for shard in plan.shards
-        ]
-        row = {"flow": "score", "corpus_uri": corpus_uri, "spec": plan.spec.model_dump_json()}
-        manifest = publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=started_at)
+        manifest = score_corpus(corpus_uri, checkpoint_uri, folder, CorpusSpec(), ScoreSpec(device="cpu"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"peak_mib": peak / 1024, "num_tokens": manifest.run["num_tokens"]}
 

@@ -4,7 +4,6 @@ What only one of them needs is imported by that one, so that the memory of a pee
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,37 +25,13 @@ HEAD_NAME = "head.safetensors"  # of a belt checkpoint
 
 
 def belt(setup: Setup, *, precision: Precision) -> Configurations:
-    """The way a flow runs belt: plan, score each shard, publish."""
-    from belt_tasks import planning, publishing, shard_scoring
+    """What a flow does, without Prefect."""
+    from belt_tasks.score_corpus import score_corpus
 
     def score(work: Work) -> None:
-        started_at, corpus = datetime.now(UTC), CorpusSpec()
         chunks = ChunkSpec(chunk_size=work.chunk_size, stride=work.stride)
         spec = ScoreSpec(chunks=chunks, device="cpu", precision=precision)
-        plan = planning.plan_scoring(work.corpus, setup.checkpoint, work.output, corpus, spec)
-        receipts = [
-            shard_scoring.score_shard(
-                shard,
-                corpus,
-                plan.spec,
-                run=plan.run,
-                checkpoint_uri=plan.checkpoint_uri,
-                checkpoint_digest=plan.checkpoint_digest,
-                duplicates_uri=plan.duplicates_uri,
-            )
-            for shard in plan.shards
-        ]
-        row = {
-            "flow": "score",
-            "corpus_uri": work.corpus,
-            "checkpoint_uri": plan.checkpoint_uri,
-            "checkpoint_digest": plan.checkpoint_digest,
-            "scoring_fingerprint": plan.scoring_fingerprint,
-            "device": plan.device,
-            "precision": plan.spec.precision,
-            "spec": plan.spec.model_dump_json(),
-        }
-        publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=started_at)
+        score_corpus(work.corpus, setup.checkpoint, work.output, CorpusSpec(), spec)
 
     return {"": lambda: score}
 

@@ -112,15 +112,7 @@ def score(corpus_uri, checkpoint_uri, output_uri, spec=CPU):
         )
         for shard in plan.shards
     ]
-    row = {
-        "flow": "score",
-        "corpus_uri": corpus_uri,
-        "checkpoint_uri": plan.checkpoint_uri,
-        "checkpoint_digest": plan.checkpoint_digest,
-        "scoring_fingerprint": plan.scoring_fingerprint,
-        "device": plan.device,
-        "spec": plan.spec.model_dump_json(),
-    }
+    row = plan.run_row(corpus_uri)
     publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=started_at)
     return plan, receipts
 

@@ -1,17 +1,17 @@
 """Evaluation: a run's predictions against labels, for every task, with the rows that could not be compared."""
 
 import json
-from datetime import UTC, datetime
 
 import polars as pl
 import pytest
 import torch
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import evaluation, planning, publishing, shard_scoring, storage
+from belt_tasks import evaluation, planning, publishing, storage
 from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.errors import ConfigError
-from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
+from belt_tasks.score_corpus import score_corpus
+from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec
 from tests.conftest import words
 
 LABELS = {
@@ -39,21 +39,7 @@ def evaluate(encoder, corpus_uri, tmp_path, task):
     )
     corpus = CorpusSpec()
     labelled = planning.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
-    plan = planning.plan_scoring(corpus_uri, checkpoint_uri, str(tmp_path / "out"), corpus, ScoreSpec())
-    receipts = [
-        shard_scoring.score_shard(
-            shard,
-            corpus,
-            plan.spec,
-            run=plan.run,
-            checkpoint_uri=plan.checkpoint_uri,
-            checkpoint_digest=plan.checkpoint_digest,
-            duplicates_uri=plan.duplicates_uri,
-        )
-        for shard in plan.shards
-    ]
-    row = {"flow": "score", "corpus_uri": corpus_uri, "spec": plan.spec.model_dump_json()}
-    manifest = publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=datetime.now(UTC))
+    manifest = score_corpus(corpus_uri, checkpoint_uri, str(tmp_path / "out"), corpus)
     return evaluation.evaluate_run(labelled, corpus, manifest), manifest
 
 

@@ -23,9 +23,9 @@ from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.errors import ContractError, ShardError
 from belt_tasks.publishing import RunRef
 from belt_tasks.receipts import Counts, Stopwatch, total
-from belt_tasks.score_store import ScoreStore, StoredScore
+from belt_tasks.score_store import Claims, ScoreStore, StoredScore
 from belt_tasks.scoring import Scorer
-from belt_tasks.shard_scoring import score_block, score_shard
+from belt_tasks.shard_scoring import encode_block, plan_block, score_block, score_shard
 from belt_tasks.specs import BatchSpec, ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
 from tests.conftest import save_tiny_encoder, words
 
@@ -334,13 +334,21 @@ def block_of(texts, tmp_path, checkpoint_uri):
     return block
 
 
+def through(scorer, claims, *blocks):
+    """Plan and encode all blocks before the first is scored, as a pipeline may."""
+    planned = [plan_block(block, scorer, claims) for block in blocks]
+    outputs = [encode_block(block, scorer) for block in planned]
+    return [score_block(*both, scorer, claims) for both in zip(planned, outputs, strict=True)]
+
+
 def test_a_block_takes_from_the_store_what_is_there_and_adds_the_rest(tmp_path, tiny_checkpoint, watch):
     scorer, store = Scorer.of(load(tiny_checkpoint), CPU), ScoreStore()
     keys = prepare.content_fingerprints(TEXTS).to_list()
     logits_L = np.array([7.0, 8.0, 9.0], np.float32)
     store.put({keys[4]: StoredScore(logits_L=logits_L, top_chunk=2)})
 
-    scored = score_block(block_of([TEXTS[i] for i in (4, 2, 2, 4)], tmp_path, tiny_checkpoint), scorer, store)
+    block = block_of([TEXTS[i] for i in (4, 2, 2, 4)], tmp_path, tiny_checkpoint)
+    (scored,) = through(scorer, Claims(store), block)
 
     assert watch.chunks() == chunks_of([TEXTS[2]], tiny_checkpoint)
     expected_DL = np.stack(
@@ -353,10 +361,26 @@ def test_a_block_takes_from_the_store_what_is_there_and_adds_the_rest(tmp_path, 
     np.testing.assert_array_equal(store.get(keys)[keys[2]].logits_L, scored.scores.logits_DL[1])
 
 
+def test_blocks_under_way_share_what_one_of_them_encodes(tmp_path, tiny_checkpoint, watch):
+    scorer, claims = Scorer.of(load(tiny_checkpoint), CPU), Claims(ScoreStore())
+    chosen = [(4, 2), (3, 4), (2, 3, 4)]
+
+    scored = through(
+        scorer, claims, *(block_of([TEXTS[i] for i in rows], tmp_path, tiny_checkpoint) for rows in chosen)
+    )
+
+    assert watch.chunks() == chunks_of([TEXTS[i] for i in (4, 2, 3)], tiny_checkpoint)
+    assert [block.counts.num_documents_reused for block in scored] == [0, 1, 3]
+    logits = {}
+    for rows, block in zip(chosen, scored, strict=True):
+        for row, logits_L in zip(rows, block.scores.logits_DL, strict=True):
+            np.testing.assert_array_equal(logits.setdefault(row, logits_L), logits_L)
+
+
 def test_a_block_without_documents_has_no_scores(tmp_path, tiny_checkpoint, watch):
     scorer = Scorer.of(load(tiny_checkpoint), SPECS["random_k"])
 
-    scored = score_block(block_of([None, None], tmp_path, tiny_checkpoint), scorer, ScoreStore())
+    (scored,) = through(scorer, Claims(ScoreStore()), block_of([None, None], tmp_path, tiny_checkpoint))
 
     assert scored.scores is None
     assert scored.counts == Counts()
