@@ -3,7 +3,7 @@
 Each corpus is scored in a process of its own, by a tiny random encoder, so that what is measured is belt's and not the
 model's: memory must grow with neither. Random words are tokenized by the demo model's tokenizer.
 
-    python tests/benchmarks/memory.py [--documents 1500]
+    python -m tests.benchmarks.memory [--documents 3000]
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -23,6 +24,8 @@ from belt_tasks import checkpoint, demo, encoder
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
 
+ROOT = Path(__file__).parents[2]
+NUM_DOCUMENTS = 3_000  # seven million tokens: more than all stages hold at once
 WORDS_PER_DOCUMENT = 700
 LONG_DOCUMENT_WORDS = 600_000
 NUM_WORDS = 5_000
@@ -31,33 +34,46 @@ NUM_WORDS = 5_000
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--documents", type=int, default=1500, help="of the smaller corpus; the larger has ten times")
+    parser.add_argument("--documents", type=int, default=NUM_DOCUMENTS, help="of the smaller; the larger has ten times")
     parser.add_argument("--child", nargs=2, metavar=("CORPUS", "CHECKPOINT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(score(*options.child)))
-        return
+    else:
+        print(table(measure(options.documents)))
+
+
+def measure(num_documents: int) -> list[dict[str, Any]]:
+    """Peak memory of scoring a corpus, one ten times as large, and the first with one very long document."""
+    corpora = {
+        f"{num_documents:,} documents": [WORDS_PER_DOCUMENT] * num_documents,
+        f"{num_documents * 10:,} documents": [WORDS_PER_DOCUMENT] * num_documents * 10,
+        f"{num_documents:,} documents and one of {LONG_DOCUMENT_WORDS:,} words": [
+            LONG_DOCUMENT_WORDS,
+            *[WORDS_PER_DOCUMENT] * num_documents,
+        ],
+    }
+    measured = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_checkpoint(work / "checkpoint")
-        corpora = {
-            f"{options.documents:,} documents": [WORDS_PER_DOCUMENT] * options.documents,
-            f"{options.documents * 10:,} documents": [WORDS_PER_DOCUMENT] * options.documents * 10,
-            f"{options.documents:,} documents and one of {LONG_DOCUMENT_WORDS:,} words": [
-                LONG_DOCUMENT_WORDS,
-                *[WORDS_PER_DOCUMENT] * options.documents,
-            ],
-        }
-        print("| corpus | tokens | peak RSS, MiB | of the first |\n| --- | ---: | ---: | ---: |")
-        first = None
         for name, lengths in corpora.items():
-            corpus = work / "corpus.parquet"
-            write_corpus(corpus, lengths)
-            command = [sys.executable, __file__, "--child", str(corpus), str(work / "checkpoint")]
-            measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            first = first or measured["peak_mib"]
-            ratio = measured["peak_mib"] / first
-            print(f"| {name} | {measured['num_tokens']:,} | {measured['peak_mib']:,.0f} | {ratio:.2f} |", flush=True)
+            write_corpus(work / "corpus.parquet", lengths)
+            command = [sys.executable, "-m", "tests.benchmarks.memory"]
+            arguments = ["--child", str(work / "corpus.parquet"), str(work / "checkpoint")]
+            child = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True, cwd=ROOT)
+            measured.append({"corpus": name, **json.loads(child.stdout)})
+    return measured
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """The measurements in Markdown."""
+    first = measured[0]["peak_mib"]
+    rows = [
+        f"| {row['corpus']} | {row['num_tokens']:,} | {row['peak_mib']:,.0f} | {row['peak_mib'] / first:.2f} |"
+        for row in measured
+    ]
+    return "\n".join(["| corpus | tokens | peak RSS, MiB | of the first |", "| --- | ---: | ---: | ---: |", *rows])
 
 
 def make_checkpoint(folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from tests.benchmarks.worker import CEILING
 
 ROOT = Path(__file__).parents[2]
 LEAVE_S = 5.0  # for a process to end by itself
+PATIENCE_S = 1800.0  # for an answer: one round of the slowest peer, with much to spare
 
 
 class PeerError(Exception):
@@ -64,7 +66,14 @@ class Worker:
         """
         if self._process.stdout is None:
             raise AssertionError("stdout is a pipe")
+        hung = threading.Timer(PATIENCE_S, self._process.kill)
+        hung.start()
         line = self._process.stdout.readline()
+        is_late = not hung.is_alive()
+        hung.cancel()
+        if not line and is_late:
+            self._process.wait()
+            raise PeerError(f"it was stopped: no answer within {PATIENCE_S:,.0f} s")
         if not line:
             code = self._process.wait()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

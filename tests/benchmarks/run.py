@@ -22,7 +22,7 @@ from tests.benchmarks.protocol import Setup, Work, num_cores
 from tests.benchmarks.report import Asked, Scored
 from tests.benchmarks.rounds import Outcome, Workers
 
-PROBE_TOKENS, PROBE_DOCUMENTS = 3_000, 2  # enough to tell configurations apart
+PROBE_DOCUMENTS = 2  # at least
 MIN_TOKENS, MIN_DOCUMENTS = 8_000, 8  # of a round, however slow the machine is
 WORK_PREFIX = "work-"
 
@@ -40,6 +40,8 @@ class Options:
     peers: tuple[str, ...]
     model: Path
     output: Path
+    probe_tokens: int
+    """Of the documents on which a peer with several configurations chooses: few may mislead it."""
     total_s: float
     """Everything together should take no longer."""
     documents_per_library: int
@@ -124,7 +126,7 @@ def score(
     title = f"{corpus.name}, {chunks.chunk_size}/{chunks.stride}"
     outcomes = {name: Outcome(peer=name) for name in options.peers}
     cut = {"chunk_size": chunks.chunk_size, "stride": chunks.stride, "output": str(folder / "output")}
-    num_probed = corpora.num_documents_with(corpus.num_tokens_D, PROBE_TOKENS, at_least=PROBE_DOCUMENTS)
+    num_probed = corpora.num_documents_with(corpus.num_tokens_D, options.probe_tokens, at_least=PROBE_DOCUMENTS)
     clock.say(f"{title}: warming up on {num_probed} documents")
     before_s = clock.left_s
     seconds = rounds.probe(workers, Work(corpus=corpus.write(folder / "probe.parquet", num_probed), **cut), outcomes)

@@ -10,7 +10,7 @@ in memory for the whole run: with a large model, name fewer of them.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,14 +23,14 @@ import typer
 from belt_tasks.demo import demo_encoder
 from belt_tasks.errors import BeltError, ConfigError
 from belt_tasks.specs import ChunkSpec
-from tests.benchmarks import plot, report
+from tests.benchmarks import memory, plot, report, tokenizer
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.protocol import num_cores
 from tests.benchmarks.report import Scored
 from tests.benchmarks.run import Options, run
 
-QUICK: dict[str, Any] = {"num_rounds": 3, "total_s": 160.0, "documents_per_library": 50}
-FULL: dict[str, Any] = {"num_rounds": 5, "total_s": 1500.0, "documents_per_library": 200}
+QUICK: dict[str, Any] = {"num_rounds": 3, "probe_tokens": 3_000, "total_s": 160.0, "documents_per_library": 50}
+FULL: dict[str, Any] = {"num_rounds": 5, "probe_tokens": 20_000, "total_s": 1500.0, "documents_per_library": 200}
 
 
 def main(
@@ -48,7 +48,8 @@ def main(
     peers: Annotated[str | None, typer.Option(help=f"Some of {', '.join(PEERS)}.")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of an encoder; without it, all-MiniLM-L6-v2.")] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All peers, more documents and rounds, with and without overlap.")
+        bool,
+        typer.Option("--full", help="All peers, with and without overlap, longer; memory and tokenizer too."),
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for scoring.md, .json and .png.")] = Path(".belt/bench"),
 ) -> None:
@@ -68,10 +69,11 @@ def main(
             output=output,
         )
         scored = run(options, say)
+        extra = measure_rest(say) if full else {}
     except (BeltError, OSError) as error:
         say(f"error: {error}")
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-    print(write(output, scored, asked, busy=busy))
+    print(write(output, scored, asked, extra, busy=busy))
     say(f"\nwrote scoring.md, scoring.json and scoring.png to {output}; what the peers said is in {output / 'logs'}")
     if all(row.reason is not None for one in scored for row in one.rows()):
         raise typer.Exit(1)
@@ -112,6 +114,7 @@ def check(
         peers=_chosen(peers) if peers is not None else tuple(name for name in PEERS if full or PEERS[name].in_default),
         model=model or demo_encoder(),
         output=output,
+        probe_tokens=(FULL if documents else size)["probe_tokens"],
         total_s=size["total_s"],
         documents_per_library=max(size["documents_per_library"], (documents or 0) // 3),
     )
@@ -125,7 +128,15 @@ def _chosen(peers: str) -> tuple[str, ...]:
     return names
 
 
-def write(folder: Path, scored: Sequence[Scored], asked: dict[str, str], *, busy: float) -> str:
+def measure_rest(say: Callable[[str], None]) -> dict[str, Any]:
+    """What does not depend on peers: memory against the size of the corpus, and the tokenizer on more cores."""
+    say("measuring memory, about three minutes")
+    peaks = memory.measure(memory.NUM_DOCUMENTS)
+    say("measuring the tokenizer")
+    return {"memory": peaks, "tokenizer_tokens_per_s": tokenizer.rates([])}
+
+
+def write(folder: Path, scored: Sequence[Scored], asked: dict[str, str], extra: dict[str, Any], *, busy: float) -> str:
     """Write the report, every figure and the plot; returns the report."""
     now, machine = datetime.now(UTC), report.machine(num_cores(), busy=busy)
     figures = {
@@ -134,8 +145,12 @@ def write(folder: Path, scored: Sequence[Scored], asked: dict[str, str], *, busy
         "options": asked,
         "versions": report.versions(),
         "corpora": [report.figures(one) for one in scored],
+        **extra,
     }
     text = report.markdown(scored, machine)
+    if extra:
+        text += f"\n\n## Memory of a tiny encoder's scoring\n\n{memory.table(extra['memory'])}"
+        text += f"\n\n## Tokenizer\n\n{tokenizer.table(extra['tokenizer_tokens_per_s'])}"
     (folder / "scoring.md").write_text(text + "\n", encoding="utf-8")
     (folder / "scoring.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     caption = f"{machine['cpu']}, {machine['cores']} cores, {now:%Y-%m-%d}; medians of interleaved rounds"

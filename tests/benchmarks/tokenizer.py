@@ -2,7 +2,7 @@
 
 Each number of cores is measured in a process of its own, several rounds in turn, medians.
 
-    python tests/benchmarks/tokenizer.py [--encoder DIR] [--corpus FILE.parquet]
+    python -m tests.benchmarks.tokenizer [--encoder DIR] [--corpus FILE.parquet]
 """
 
 import argparse
@@ -12,12 +12,14 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import polars as pl
 
 from belt_tasks.demo import demo_encoder
 from belt_tasks.tokens import load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 NUM_CHARACTERS = 4_000_000
 NUM_ROUNDS = 5
 SENTENCE = "the tokenizer reads whole documents, one after the other; unbelievable (but true) 3.14159 naïve café! "
@@ -33,21 +35,28 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(options.encoder, options.corpus)))
         return
+    print(table(rates(sys.argv[1:])))
+
+
+def rates(arguments: list[str]) -> dict[int, float]:
+    """Tokens per second by number of cores."""
     cores = [1]
     while cores[-1] * 2 <= len(os.sched_getaffinity(0)):
         cores.append(cores[-1] * 2)
-    rates: dict[int, list[float]] = {num: [] for num in cores}
+    found: dict[int, list[float]] = {num: [] for num in cores}
     for _ in range(NUM_ROUNDS):
         for num in cores:
             environment = os.environ | {"RAYON_NUM_THREADS": str(num), "TOKENIZERS_PARALLELISM": "true"}
-            command = [sys.executable, __file__, *sys.argv[1:], "--child"]
-            found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-            rates[num].append(json.loads(found.stdout))
-    print("| cores | tokens per second | of one core |\n| ---: | ---: | ---: |")
-    one = statistics.median(rates[1])
-    for num in cores:
-        rate = statistics.median(rates[num])
-        print(f"| {num} | {rate:,.0f} | {rate / one:.2f} |")
+            command = [sys.executable, "-m", "tests.benchmarks.tokenizer", *arguments, "--child"]
+            child = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
+            found[num].append(json.loads(child.stdout))
+    return {num: statistics.median(several) for num, several in found.items()}
+
+
+def table(tokens_per_s: dict[int, float]) -> str:
+    """The measurements in Markdown."""
+    rows = [f"| {num} | {rate:,.0f} | {rate / tokens_per_s[1]:.2f} |" for num, rate in tokens_per_s.items()]
+    return "\n".join(["| cores | tokens per second | of one core |", "| ---: | ---: | ---: |", *rows])
 
 
 def measure(encoder: str, corpus: str | None) -> float:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.benchmarks import documents, peers
+from tests.benchmarks import documents, peers, rounds
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.protocol import Setup, UnavailableError, Work, first_line, rotated
 from tests.benchmarks.rounds import Outcome, PeerError, Worker, Workers, probe
@@ -142,6 +142,15 @@ def test_a_process_that_dies_says_how(setup, tmp_path):
 
     with pytest.raises(PeerError, match=r"ended with exit code 0: KeyError: 'no-such-peer'"):
         worker.ask({"probe": True})
+    worker.close()
+
+
+def test_a_process_that_hangs_is_stopped(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "PATIENCE_S", 0.05)  # nothing loads as fast
+    worker = Worker("belt", setup, tmp_path / "log.txt")
+
+    with pytest.raises(PeerError, match="it was stopped: no answer within 0 s"):
+        worker.answer()
     worker.close()
 
 
