@@ -10,8 +10,7 @@ def give_back() -> None:
     """Return freed memory to the system; takes milliseconds, so call it once per block of work.
 
     glibc gives threads heaps of their own, and what one thread allocates and another frees stays in the first one's:
-    a pipeline does that all day. Scoring 12 million tokens on two cores peaked at 3.0 GiB without this, and at 1.6 GiB
-    with it (measured; tests/benchmarks/memory.py). Other C libraries are left as they are.
+    a pipeline does that all day. Other C libraries are left as they are.
     """
     if _IS_GLIBC:
         ctypes.CDLL(None).malloc_trim(0)
