@@ -68,7 +68,7 @@ class PackedCpuForward:
         first_B = num_tokens_B.cumsum(0) - num_tokens_B
         position_T = torch.arange(len(batch.input_ids_T)) - first_B.repeat_interleave(num_tokens_B)
         x_TH = self._norm(self._word_VH[batch.input_ids_T] + self._position_PH[position_T], self._embedding_norm)
-        x_TH = _round_rows(x_TH.to(self.dtype))
+        x_TH = round_rows(x_TH.to(self.dtype))
         for layer in self._layers:
             x_TH = self._inner_layer(x_TH, batch.num_tokens_B, layer)
         return self._last_layer(x_TH, first_B, batch.num_tokens_B.tolist()).float()
@@ -83,7 +83,7 @@ class PackedCpuForward:
 
     def _last_layer(self, x_TH: Tensor, first_B: Tensor, lengths: list[int]) -> Tensor:
         layer = self._last
-        x_BH = _round_rows(x_TH[first_B])
+        x_BH = round_rows(x_TH[first_B])
         query_BND = layer.query(x_BH)[: len(lengths)].float().view(len(lengths), self._num_heads, -1)
         # the query as it meets the inputs, before any key is formed
         query_BNH = torch.einsum("bnd,ndh->bnh", query_BND, layer.key_NDH)
@@ -99,7 +99,7 @@ class PackedCpuForward:
             torch.mm(torch.softmax(scores_NS * math.log(2.0), dim=-1), x_SH, out=seen_BNH[chunk])
             first += length
         context_BH = torch.einsum("bnh,ndh->bnd", seen_BNH, layer.value_NDH).flatten(1).to(self.dtype)
-        x_BH = self._norm(layer.output.add_to(x_BH, _round_rows(context_BH)), layer.output_norm)
+        x_BH = self._norm(layer.output.add_to(x_BH, round_rows(context_BH)), layer.output_norm)
         x_BH = self._norm(layer.projection.add_to(x_BH, layer.feed_forward(x_BH)), layer.projection_norm)
         return x_BH[: len(lengths)]
 
@@ -165,7 +165,7 @@ class _LastLayer(_BehindAttention):
         self.value_NDH = layer.value.weight.view(num_heads, -1, hidden_size)
 
 
-def _round_rows(x_TH: Tensor) -> Tensor:
+def round_rows(x_TH: Tensor) -> Tensor:
     """Rows of zeros behind the last, up to a multiple of ROW_STEP."""
     return pad(x_TH, (0, 0, 0, -len(x_TH) % ROW_STEP))
 

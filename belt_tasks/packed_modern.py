@@ -8,13 +8,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, pad
 from transformers import PreTrainedModel
 
 from belt_tasks.attention_cpu import attend
 from belt_tasks.batches import MiniBatch
 from belt_tasks.families import Affine
-from belt_tasks.packed_cpu import PackedLinear
+from belt_tasks.packed_cpu import ROW_STEP, PackedLinear, round_rows
 
 
 def supported(body: PreTrainedModel) -> bool:
@@ -52,21 +52,23 @@ class PackedModernForward:
         num_tokens_B = torch.from_numpy(batch.num_tokens_B)
         first_B = num_tokens_B.cumsum(0) - num_tokens_B
         position_T = torch.arange(len(batch.input_ids_T)) - first_B.repeat_interleave(num_tokens_B)
+        position_T = pad(position_T, (0, -len(position_T) % ROW_STEP))
         rotations = {kind: self._rotation(position_T, kind) for kind in {layer.kind for layer in self._layers}}
-        x_TH = self._norm(self._word_VH[batch.input_ids_T], self._embedding_norm).to(self._dtype)
+        x_TH = round_rows(self._norm(self._word_VH[batch.input_ids_T], self._embedding_norm).to(self._dtype))
         *inner, last = self._layers
         for layer in inner:
             query_TND, key_TND, value_TND = self._qkv(layer, x_TH, rotations[layer.kind])
             context_TND = attend(query_TND, key_TND, value_TND, batch.num_tokens_B, window=layer.window)
             x_TH = self._behind_attention(layer, x_TH, context_TND.flatten(1))
         query_TND, key_TND, value_TND = self._qkv(last, x_TH, rotations[last.kind])
-        context_BH = torch.empty_like(x_TH[first_B])
+        x_BH = round_rows(x_TH[first_B])
+        context_BH = torch.zeros_like(x_BH)
         for chunk, (first, length) in enumerate(zip(first_B.tolist(), batch.num_tokens_B.tolist(), strict=True)):
             seen = slice(first, first + (length if last.window is None else min(length, last.window + 1)))
-            score_NS = torch.einsum("nd,snd->ns", query_TND[first], key_TND[seen]).float()
-            weight_NS = torch.softmax(score_NS * math.log(2.0), dim=-1).to(self._dtype)
-            context_BH[chunk] = torch.einsum("ns,snd->nd", weight_NS, value_TND[seen]).flatten()
-        x_BH = self._behind_attention(last, x_TH[first_B], context_BH)
+            score_NS = torch.einsum("nd,snd->ns", query_TND[first].float(), key_TND[seen].float())
+            weight_NS = torch.softmax(score_NS * math.log(2.0), dim=-1)
+            context_BH[chunk] = torch.einsum("ns,snd->nd", weight_NS, value_TND[seen].float()).flatten()
+        x_BH = self._behind_attention(last, x_BH, context_BH)[: len(first_B)]
         return self._norm(x_BH, self._final_norm).float()
 
     def _qkv(

@@ -93,7 +93,6 @@ def score_shard(
     blocks = prepare.token_blocks(
         shard, corpus, scorer.checkpoint.tokenizer, duplicates_uri=duplicates_uri, stopwatch=stopwatch
     )
-
     planned = planned_blocks(blocks, scorer, claims, stopwatch)
 
     def finish(encoded: tuple[PlannedBlock, Tensor | None]) -> None:

@@ -93,6 +93,22 @@ def test_finished_classifiers_keep_their_own_head(tiny_encoders, tmp_path, famil
     assert difference(model, random_batch(LENGTHS)) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_products_have_few_different_numbers_of_rows(tiny_encoders, monkeypatch, family):
+    """A kernel is kept for each of them: hundreds of them would be hundreds of megabytes."""
+    encode, seen = build_encoder(chunk_model(tiny_encoders(family)), device=CPU, precision="fp32").encode, set()
+    call, add_to = packed_cpu.PackedLinear.__call__, packed_cpu.PackedLinear.add_to
+    monkeypatch.setattr(packed_cpu.PackedLinear, "__call__", lambda self, x: seen.add(len(x)) or call(self, x))
+    monkeypatch.setattr(packed_cpu.PackedLinear, "add_to", lambda self, y, x: seen.add(len(x)) or add_to(self, y, x))
+
+    with torch.inference_mode():
+        for length in range(2, NUM_POSITIONS):
+            encode(random_batch([length, 2]))
+
+    assert seen <= set(range(16, NUM_POSITIONS + 18, 16))
+    assert len(seen) > 1
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(
     lengths=st.lists(st.integers(2, NUM_POSITIONS), min_size=1, max_size=12),
