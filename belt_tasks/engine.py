@@ -115,16 +115,18 @@ def build_encoder(model: nn.Module, *, device: torch.device, precision: Precisio
 
 def _packed_encoder(model: nn.Module, device: torch.device, dtype: torch.dtype) -> PackedEncoder | None:
     body, head = body_and_head(model)
-    weights = read_weights(model)
+    if body is None or head is None:
+        return None
+    weights = read_weights(body)
     forward: Forward | None = None
     if device.type == "cpu" and packed_cpu.supported(dtype):
         if weights is not None:
             forward = packed_cpu.PackedCpuForward(weights, dtype)
-        elif body is not None and packed_modern.supported(body):
+        elif packed_modern.supported(body):
             forward = packed_modern.PackedModernForward(body, dtype)
     elif device.type == "cuda" and weights is not None and packed_gpu.supported(weights, device, dtype):
         forward = packed_gpu.PackedGpuForward(weights, device=device, dtype=dtype)
-    return None if forward is None or head is None else PackedEncoder(forward, head, device=device)
+    return None if forward is None else PackedEncoder(forward, head, device=device)
 
 
 def largest_difference(fast: ChunkEncoder, plain: ChunkEncoder, model: nn.Module) -> float:

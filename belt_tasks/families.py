@@ -40,7 +40,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderWeights:
-    """An encoder's weights, shared with the module that they were read from, and its head."""
+    """An encoder's weights, shared with the module that they were read from."""
 
     word_VH: Tensor
     position_PH: Tensor
@@ -52,8 +52,6 @@ class EncoderWeights:
     """Of every normalisation."""
     position_bias_NPP: Tensor | None
     """MPNet's bias of the N heads' attention scores, by position of query and key."""
-    head: nn.Module
-    """First tokens [B, H] to chunk outputs [B, K]."""
 
 
 # The submodules of a layer, in the order of Layer's fields.
@@ -98,14 +96,9 @@ FAMILIES = {
 }
 
 
-def read_weights(model: nn.Module) -> EncoderWeights | None:
-    """The weights of a model that maps chunks to chunk outputs.
-
-    Returns:
-        None where its encoder is of another form, or its head reads more than a chunk's first token.
-    """
-    body, head = body_and_head(model)
-    if body is None or head is None or body.config.model_type not in FAMILIES or not _is_plain(body):
+def read_weights(body: PreTrainedModel) -> EncoderWeights | None:
+    """The weights of an encoder; None where it is of another form."""
+    if body.config.model_type not in FAMILIES or not _is_plain(body):
         return None
     layers_name, names = FAMILIES[body.config.model_type]
     embeddings = body.get_submodule("embeddings")
@@ -124,12 +117,11 @@ def read_weights(model: nn.Module) -> EncoderWeights | None:
         num_heads=body.config.num_attention_heads,
         eps=float(norm.eps),  # type: ignore[arg-type]
         position_bias_NPP=_position_bias(body),
-        head=head,
     )
 
 
 def body_and_head(model: nn.Module) -> tuple[PreTrainedModel | None, nn.Module | None]:
-    """The encoder of a model, and its head if that reads first tokens [B, H] alone."""
+    """The encoder of a model, and its head if that maps first tokens [B, H] alone to chunk outputs [B, K]."""
     match model:
         case ChunkModel():
             return model.body, model.head

@@ -14,7 +14,7 @@ from belt_tasks.batches import MiniBatch
 from belt_tasks.encoder import ChunkModel, FinishedClassifier, load_body, load_finished_classifier
 from belt_tasks.engine import PackedEncoder, PlainEncoder, build_encoder, choose_precision
 from belt_tasks.errors import ConfigError
-from belt_tasks.families import read_weights
+from belt_tasks.families import body_and_head, read_weights
 from belt_tasks.specs import PoolingSpec
 from tests.conftest import FAMILIES, NUM_POSITIONS, save_tiny_encoder
 
@@ -44,8 +44,8 @@ def random_batch(lengths, *, seed=0, pad_id=1, first_id=5, last_id=200):
 
 
 def forward_of(model):
-    weights = read_weights(model)
-    return PackedEncoder(packed_cpu.PackedCpuForward(weights, torch.float32), weights.head, device=CPU)
+    body, head = body_and_head(model)
+    return PackedEncoder(packed_cpu.PackedCpuForward(read_weights(body), torch.float32), head, device=CPU)
 
 
 def difference(model, batch, precision="fp32"):
@@ -208,11 +208,11 @@ GPU_FAMILIES = ("bert", "roberta", "distilbert")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
 def test_the_forward_of_gpus_agrees_on_a_cpu(tiny_encoders, family, dtype, bound):
     model = chunk_model(tiny_encoders(family))
-    weights, batch = read_weights(model), random_batch(LENGTHS)
+    weights, batch = read_weights(model.body), random_batch(LENGTHS)
 
     with torch.inference_mode():
         forward = packed_gpu.PackedGpuForward(weights, device=CPU, dtype=dtype)
-        found = PackedEncoder(forward, weights.head, device=CPU).encode(batch)
+        found = PackedEncoder(forward, model.head, device=CPU).encode(batch)
         expected = PlainEncoder(model, device=CPU, dtype=torch.float32).encode(batch)
 
     assert float((found - expected).abs().max()) < bound
@@ -236,7 +236,7 @@ def test_a_gpu_agrees_with_the_models_own_forward(tiny_encoders, family, precisi
 
 
 def test_scores_with_a_bias_are_not_for_variable_length_attention(tiny_encoders):
-    with_bias, without = (read_weights(chunk_model(tiny_encoders(family))) for family in ("mpnet", "bert"))
+    with_bias, without = (read_weights(chunk_model(tiny_encoders(family)).body) for family in ("mpnet", "bert"))
 
     assert not packed_gpu.supported(with_bias, CPU, torch.bfloat16)
     assert not packed_gpu.supported(without, CPU, torch.float32)
