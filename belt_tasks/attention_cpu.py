@@ -86,7 +86,10 @@ def load_kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where belt was installed without a C compiler."""
     spec = importlib.util.find_spec("belt_tasks._attention_cpu")
     if spec is None or spec.origin is None:
-        log.warning("belt was installed without a C compiler: attention on this CPU takes the slower way")
+        log.warning(
+            "belt was installed without a C compiler: attention on this CPU takes the slower way "
+            "(install gcc or clang, then belt again)"
+        )
         return None
     kernel = ctypes.CDLL(spec.origin)
     number, pointer = ctypes.c_int64, ctypes.c_void_p
