@@ -2,7 +2,8 @@
 
 Queries come scaled by log2(e) / sqrt(D), so that softmax is 2^score over its sum. `attention_cpu.c` computes it where
 belt was installed with a C compiler and the processor has AVX-512; elsewhere PyTorch's products do, chunk by chunk:
-same numbers, but scores go through memory (MiniLM on two Zen 5 cores, chunks of 512 tokens: a quarter fewer tokens/s).
+same numbers in fp32, while bf16 scores are rounded on the way, and a quarter fewer tokens/s, since scores go through
+memory (MiniLM on two Zen 5 cores, chunks of 512 tokens).
 """
 
 import ctypes
