@@ -1,6 +1,7 @@
 """The command line: `belt`. Each command builds specs from options and calls the same flow that a deployment runs.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage. A user's mistake never shows a traceback.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + the number of the signal that ended it. A user's mistake never shows
+a traceback.
 """
 
 import os
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from belt_tasks import progress, specs
 from belt_tasks.errors import BeltError
+from flows.local_server import local_server
 from flows.options import (
     Checkpoint,
     ChunkConfig,
@@ -114,12 +116,13 @@ def score(
 ) -> None:
     """Score every document of CORPUS and publish the predictions. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors(), _progress():
+    with _user_errors():
         columns, spec = _score_specs(options)
-        from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
+        with _running():
+            from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 
-        manifest = flow(corpus, checkpoint, output, columns, spec)
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            manifest = flow(corpus, checkpoint, output, columns, spec)
+            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at))
 
@@ -152,12 +155,13 @@ def evaluate(
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors(), _progress():
+    with _user_errors():
         columns, spec = _score_specs(options)
-        from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
+        with _running():
+            from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
 
-        manifest, receipt = flow(corpus, checkpoint, output, columns, spec)
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            manifest, receipt = flow(corpus, checkpoint, output, columns, spec)
+            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
 
@@ -200,14 +204,15 @@ def fine_tune(
 ) -> None:
     """Fine-tune an encoder on a labelled CORPUS; the gradient flows through the pooling, in fixed memory."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors(), _progress():
+    with _user_errors():
         sections = read_config(config, sections=("corpus", "spec"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         spec = build(specs.TrainSpec, options, sections, section="spec")
-        from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set
+        with _running():
+            from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set
 
-        manifest, receipt = flow(corpus, encoder, output, columns, spec)
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            manifest, receipt = flow(corpus, encoder, output, columns, spec)
+            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.fine_tuning_summary(receipt))
 
@@ -233,14 +238,15 @@ def chunk(
 ) -> None:
     """Write the chunk table of CORPUS: one row of token ids per window, as Parquet."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors(), _progress():
+    with _user_errors():
         sections = read_config(config, sections=("corpus", "chunks"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         chunks = build(specs.ChunkSpec, options, sections, section="chunks")
-        from flows.chunk import chunk as flow  # noqa: PLC0415 - after the environment is set
+        with _running():
+            from flows.chunk import chunk as flow  # noqa: PLC0415 - after the environment is set
 
-        manifest = flow(corpus, encoder, output, columns, chunks)
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            manifest = flow(corpus, encoder, output, columns, chunks)
+            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at))
 
@@ -276,7 +282,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Directory for the corpus and all results.")] = ".belt/demo",
 ) -> None:
     """Run everything on real text that every machine has: the docstrings of the installed libraries."""
-    with _user_errors(), _progress():
+    with _user_errors(), _running():
         from flows.demo import demo as flow  # noqa: PLC0415 - after the environment is set
 
         result = flow(output)
@@ -287,8 +293,9 @@ def demo(
 
 def main() -> None:
     """Entry point of the `belt` command."""
-    # a terminated process leaves as any other does, so that Prefect's local server goes with it
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave in order: no temporary file stays
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except Exception as error:
@@ -333,9 +340,9 @@ def _complain(message: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[None]:
-    """Progress bars on a terminal, a line now and then elsewhere."""
-    with ProgressBars(errors) as bars, progress.listen(bars.advance):
+def _running() -> Iterator[None]:
+    """A Prefect server to run against; progress bars on a terminal, a line now and then elsewhere."""
+    with local_server(), ProgressBars(errors) as bars, progress.listen(bars.advance):
         yield
 
 
