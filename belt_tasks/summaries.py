@@ -1,5 +1,6 @@
 """Summaries: what a run did, as Markdown for people. The same text is a Prefect artifact and the CLI's last words."""
 
+import json
 from datetime import datetime
 from typing import Any
 
@@ -8,6 +9,7 @@ from belt_tasks.demo import ReadBack
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.publishing import Manifest
+from belt_tasks.specs import ChunkSpec
 
 STAGES = ("read", "tokenize", "encode", "write")
 SHOWN_METRICS = {
@@ -130,6 +132,7 @@ def demo_summary(
     rows.append(["publish", _count(scored["num_documents"]), "", _seconds(scored["write_s"]), ""])
     measured = evaluation.metrics
     predictions = _pattern(scored, "predictions")
+    model, limits = prepared["output_uri"], " and ".join(_limits(prepared))
     query = f"import polars as pl; print(pl.read_parquet('{predictions}'))"
     return "\n".join(
         [
@@ -162,7 +165,7 @@ def demo_summary(
             "Where everything is:",
             "",
             f"- corpus: `{scored['corpus_uri']}`",
-            f"- model: `{prepared['output_uri']}` (give it to `belt score --checkpoint`)",
+            f"- model: `{model}`, to give to `belt score --checkpoint`",
             f"- metrics: `{evaluation.metrics_uri}`",
             *[f"- plot: `{uri}`" for uri in evaluation.plot_uris],
             f"- predictions: `{predictions}`",
@@ -172,6 +175,10 @@ def demo_summary(
             "To look at the predictions:",
             "",
             f'    .venv/bin/python -c "{query}"',
+            "",
+            f"The model was trained quickly, with {limits}, and scores so too unless told otherwise. As above:",
+            "",
+            f"    .venv/bin/belt score CORPUS --output DIR --checkpoint {model} --maximal-text-length none",
             "",
         ]
     )
@@ -191,7 +198,20 @@ def _rejected(count: int, by_reason: dict[str, int]) -> str:
 def _tokens(run: dict[str, Any]) -> str:
     if run["num_tokens"] == 0 or run["num_chunks"] == 0:
         return f"{run['num_tokens']:,}"
-    return f"{run['num_tokens']:,}, {run['num_tokens_scored'] / run['num_tokens']:.1%} of them in a chunk"
+    limits = ", ".join(_limits(run))
+    share = f"{run['num_tokens_scored'] / run['num_tokens']:.1%} of them in a chunk"
+    return f"{run['num_tokens']:,}, {share}{limits and f' ({limits})'}"
+
+
+def _limits(run: dict[str, Any]) -> list[str]:
+    """The settings of a run that leave tokens unread, in words."""
+    spec = json.loads(run["spec"])
+    chunks = ChunkSpec.model_validate(spec.get("chunks", spec))
+    return [
+        *([] if chunks.selection == "all" else [f"selection {chunks.selection}"]),
+        *([] if chunks.maximal_text_length is None else [f"maximal_text_length {chunks.maximal_text_length:,}"]),
+        *([] if chunks.minimal_chunk_length <= 1 else [f"minimal_chunk_length {chunks.minimal_chunk_length:,}"]),
+    ]
 
 
 def _chunks(run: dict[str, Any]) -> str:
@@ -202,7 +222,7 @@ def _chunks(run: dict[str, Any]) -> str:
 def _cost(run: dict[str, Any]) -> list[list[str]]:
     rows = []
     if run["num_documents_reused"]:
-        rows.append(["documents with another's text, not encoded", _count(run["num_documents_reused"])])
+        rows.append(["documents whose text was encoded already", _count(run["num_documents_reused"])])
     if run["padding_share"] is not None:
         rows.append(["padding", f"{run['padding_share']:.1%} of what was computed"])
     if run["flops_per_s"] is not None:

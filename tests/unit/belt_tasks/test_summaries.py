@@ -7,6 +7,7 @@ from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import Epoch, FineTuningReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.receipts import FileReceipt
+from belt_tasks.specs import ChunkSpec, ScoreSpec
 
 ASKED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -35,6 +36,7 @@ def manifest(**changes) -> Manifest:
         "peak_share": None,
         "precision": None,
         "device": "cpu",
+        "spec": ScoreSpec(chunks=ChunkSpec(minimal_chunk_length=100)).model_dump_json(),
         "finished_at": (ASKED_AT + timedelta(minutes=1)).isoformat(),
     }
     return Manifest(
@@ -56,7 +58,7 @@ def test_run_summary():
         "| --- | --- |",
         "| documents | 12,345 |",
         "| rejected rows | 3 (doc_id_null 2, text_null 1) |",
-        "| content tokens | 1,000,000, 99.5% of them in a chunk |",
+        "| content tokens | 1,000,000, 99.5% of them in a chunk (minimal_chunk_length 100) |",
         "| chunks | 2,000 |",
         "| shards | 2 |",
         "| wall clock | 61.2 s |",
@@ -89,12 +91,30 @@ def test_the_cost_of_a_run_is_told_where_it_is_known():
     ).splitlines()
 
     assert "| chunks | 2,000, 25.0% of them redundant |" in told
-    assert "| documents with another's text, not encoded | 45 |" in told
+    assert "| documents whose text was encoded already | 45 |" in told
     assert "| padding | 3.1% of what was computed |" in told
     assert (
         "| arithmetic that the scores need | 320,000 GFLOP/s in bf16 on NVIDIA H100 80GB HBM3, 32.4% of its peak |"
         in told
     )
+
+
+@pytest.mark.parametrize(
+    ("chunks", "told"),
+    [
+        (ChunkSpec(), "99.5% of them in a chunk |"),
+        (ChunkSpec(maximal_text_length=1020), "99.5% of them in a chunk (maximal_text_length 1,020) |"),
+        (
+            ChunkSpec(selection="head", minimal_chunk_length=9),
+            "99.5% of them in a chunk (selection head, minimal_chunk_length 9) |",
+        ),
+    ],
+)
+def test_what_left_tokens_unread_is_told(chunks, told):
+    for spec in (ScoreSpec(chunks=chunks), chunks):  # of scoring, and of chunking
+        shown = summaries.run_summary(manifest(spec=spec.model_dump_json()), asked_at=ASKED_AT).splitlines()
+
+        assert f"| content tokens | 1,000,000, {told}" in shown
 
 
 def test_a_run_that_had_finished_before_it_was_asked_for_says_so():
