@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
+import joblib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -163,10 +164,11 @@ class _Job:
 @contextmanager
 def _cores_of_workers(most_workers: int) -> Iterator[int]:
     """How many workers there should be; while the block lasts PyTorch gives each of them its share of the cores."""
-    num_cores = torch.get_num_threads()  # all of them, or what OMP_NUM_THREADS allows
+    num_threads = torch.get_num_threads()  # all cores that this process may run on, or what OMP_NUM_THREADS says
+    num_cores = min(num_threads, joblib.cpu_count())  # a container has a share of the machine that PyTorch ignores
     # never more than its share, even if it works alone: operators spread over cores that others use wait for these
     torch.set_num_threads(max(1, num_cores // MOST_WORKERS))
     try:
         yield max(1, min(num_cores, MOST_WORKERS, most_workers))
     finally:
-        torch.set_num_threads(num_cores)
+        torch.set_num_threads(num_threads)

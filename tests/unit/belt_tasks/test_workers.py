@@ -3,6 +3,7 @@
 import threading
 import time
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,11 @@ def encode(encoder, num_tokens_C, *, budget=64, on_done=lambda _: None):
     return encode_all(encoder, plan, lambda rows_B: make_batch(rows_B, num_tokens_C), on_done=on_done)
 
 
+@pytest.fixture(autouse=True)
+def many_cores(monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 64)
+
+
 @pytest.fixture(params=[1, 3])
 def cores(request):
     before = torch.get_num_threads()
@@ -73,7 +79,9 @@ def test_no_budget_changes_a_row(num_tokens, budget):
     np.testing.assert_array_equal(found[:, 1].numpy(), num_tokens)
 
 
-def test_several_cores_have_several_workers():
+@pytest.mark.parametrize("share_of_container", [64, 4, 2])
+def test_several_cores_have_several_workers(monkeypatch, share_of_container):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: share_of_container)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     encoder = FakeEncoder()
@@ -90,7 +98,7 @@ def test_several_cores_have_several_workers():
     finally:
         torch.set_num_threads(before)
 
-    assert len(encoder.threads) == 4
+    assert len(encoder.threads) == min(4, share_of_container)
 
 
 def test_out_of_memory_lowers_the_budget_of_all_that_follow(cores):
