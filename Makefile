@@ -14,10 +14,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench check format clean
+.PHONY: help demo test bench s3 check format clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 10
 
 demo: .venv/demo  ## install, then run the whole pipeline on real text and say where its results are
 	$(BIN)/belt demo --output .belt/demo
@@ -28,6 +28,9 @@ test: .venv/test check  ## install, then run the linters, the type checker and a
 
 bench: .venv/bench  ## install, then measure belt's scoring beside its peers; ARGS=--help lists the options
 	$(BIN)/python -m tests.benchmarks.scoring $(ARGS)
+
+s3: .venv/test  ## install, then run an S3 server on this machine, to try belt with s3:// URLs
+	$(BIN)/python -m tests.s3_server
 
 check: .venv/test  ## linters, type checker and import rules
 	$(BIN)/ruff check .

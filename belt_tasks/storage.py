@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +20,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from obstore.exceptions import BaseError
 
+from belt_tasks import object_stores
 from belt_tasks.errors import ConfigError, TransientError
 
 READ_BUFFER_BYTES = 2**20
@@ -80,6 +82,13 @@ def exists(uri: str) -> bool:
         return bool(filesystem.exists(path))
 
 
+def num_bytes(uri: str) -> int:
+    """The size of an object."""
+    with _storage_errors(f"look for {uri}"):
+        filesystem, path = _resolve(uri)
+        return int(filesystem.size(path))
+
+
 def read_bytes(uri: str) -> bytes:
     """A whole object; for small ones."""
     with _storage_errors(f"read {uri}"):
@@ -99,8 +108,15 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 @contextmanager
-def parquet_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def parquet_writer(
+    uri: str, schema: pa.Schema, *, sorting: Sequence[pq.SortingColumn] = ()
+) -> Iterator[pq.ParquetWriter]:
     """A writer whose object appears when the block ends well, and never when it raises.
+
+    Args:
+        uri: the object.
+        schema: of its rows.
+        sorting: what the rows are sorted by, for readers to know.
 
     Raises:
         ConfigError: it cannot be written there.
@@ -112,7 +128,8 @@ def parquet_writer(uri: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         with ExitStack() as stack:
             with _storage_errors(f"write {uri}"):
                 temporary = stack.enter_context(_local_replacement(target))
-                writer = stack.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
+                options = {"compression": "zstd", "sorting_columns": list(sorting) or None}
+                writer = stack.enter_context(pq.ParquetWriter(temporary, schema, **options))
             yield writer
         if not local:
             with _storage_errors(f"write {uri}"):
@@ -199,6 +216,21 @@ def absolute(uri: str) -> str:
     return path if isinstance(filesystem, LocalFileSystem) else uri
 
 
+def delta_options(uri: str) -> dict[str, str]:
+    """The configuration of a URI's store as Delta Lake takes it; the environment it reads itself.
+
+    Raises:
+        ConfigError: Delta Lake has no such store.
+    """
+    protocol, _ = fsspec.core.split_protocol(uri)
+    if protocol in (None, "file"):
+        return {}
+    if protocol not in object_stores.FAMILIES:
+        known = ", ".join(sorted(set(object_stores.FAMILIES.values())))
+        raise ConfigError(f"{uri}: tables are published to local paths and to {known}, got {protocol}://")
+    return object_stores.options(protocol) | {"allow_http": "true"}
+
+
 def check_writable(uri: str) -> None:
     """Put and remove a small object under a prefix, so that a wrong output is known before work starts.
 
@@ -230,6 +262,9 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    protocol, path = fsspec.core.split_protocol(uri)
+    if protocol in object_stores.FAMILIES:
+        return object_stores.filesystem(protocol), path.rstrip("/")
     try:
         filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111 - a URI, not yet a path
     except (ValueError, ImportError) as error:
@@ -239,7 +274,7 @@ def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _version(info: dict[str, object]) -> str:
-    for key in ("ETag", "etag", "md5Hash", "content_md5"):
+    for key in ("e_tag", "ETag", "etag", "md5Hash", "content_md5"):
         if info.get(key):
             return str(info[key])
     changed = info.get("mtime") or info.get("LastModified") or info.get("created")
@@ -283,5 +318,7 @@ def _storage_errors(action: str) -> Iterator[None]:
         raise ConfigError(f"cannot {action}: no such file or directory") from error
     except OSError as error:
         raise ConfigError(f"cannot {action}: {error.strerror or error}") from error
+    except BaseError as error:
+        raise object_stores.error_of(error, action) from None  # its own words are a page
     except pa.ArrowInvalid as error:
         raise ConfigError(f"cannot {action}: not a Parquet file ({error})") from error

@@ -9,6 +9,7 @@ from belt_tasks import summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import ChunkSpec, CorpusSpec
 from flows import tasks
+from flows.storage_block import use_storage_block
 
 
 @flow(name="chunk", flow_run_name="chunk {corpus_uri}", task_runner=tasks.one_worker)
@@ -18,6 +19,7 @@ def chunk(
     output_uri: str,
     corpus: CorpusSpec = CorpusSpec(),
     chunks: ChunkSpec = ChunkSpec(),
+    storage_block: str | None = None,
 ) -> Manifest:
     """Cut every document of a corpus into chunks of token ids.
 
@@ -27,7 +29,9 @@ def chunk(
         output_uri: directory for the run and the published manifest.
         corpus: columns and split.
         chunks: the method's parameters.
+        storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
     """
+    use_storage_block(storage_block)
     started_at = datetime.now(UTC)
     plan = tasks.plan_chunking(corpus_uri, encoder, output_uri, corpus, chunks)
     manifest = tasks.republish(plan.run)

@@ -53,6 +53,7 @@ from flows.options import (
     Selection,
     Split,
     SplitColumn,
+    StorageBlock,
     Stride,
     TextColumn,
     Threshold,
@@ -113,6 +114,7 @@ def score(
     device: Device = None,
     precision: ScorePrecision = None,
     threshold: Threshold = None,
+    storage_block: StorageBlock = None,
 ) -> None:
     """Score every document of CORPUS and publish the predictions. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
@@ -121,7 +123,7 @@ def score(
         with _running():
             from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest = flow(corpus, checkpoint, output, columns, spec)
+            manifest = flow(corpus, checkpoint, output, columns, spec, storage_block)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at))
@@ -152,6 +154,7 @@ def evaluate(
     device: Device = None,
     precision: ScorePrecision = None,
     threshold: Threshold = None,
+    storage_block: StorageBlock = None,
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
     options, asked_at = dict(locals()), datetime.now(UTC)
@@ -160,7 +163,7 @@ def evaluate(
         with _running():
             from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest, receipt = flow(corpus, checkpoint, output, columns, spec)
+            manifest, receipt = flow(corpus, checkpoint, output, columns, spec, storage_block)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
@@ -201,6 +204,7 @@ def fine_tune(
     precision: Annotated[str | None, option(specs.TrainSpec, "precision")] = None,
     validation_fraction: Annotated[str | None, option(specs.TrainSpec, "validation_fraction")] = None,
     seed: Annotated[str | None, option(specs.TrainSpec, "seed")] = None,
+    storage_block: StorageBlock = None,
 ) -> None:
     """Fine-tune an encoder on a labelled CORPUS; the gradient flows through the pooling, in fixed memory."""
     options, asked_at = dict(locals()), datetime.now(UTC)
@@ -211,7 +215,7 @@ def fine_tune(
         with _running():
             from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest, receipt = flow(corpus, encoder, output, columns, spec)
+            manifest, receipt = flow(corpus, encoder, output, columns, spec, storage_block)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.fine_tuning_summary(receipt))
@@ -235,6 +239,7 @@ def chunk(
     selection: Selection = None,
     num_random_chunks: NumRandomChunks = None,
     seed: ChunkSeed = None,
+    storage_block: StorageBlock = None,
 ) -> None:
     """Write the chunk table of CORPUS: one row of token ids per window, as Parquet."""
     options, asked_at = dict(locals()), datetime.now(UTC)
@@ -245,7 +250,7 @@ def chunk(
         with _running():
             from flows.chunk import chunk as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest = flow(corpus, encoder, output, columns, chunks)
+            manifest = flow(corpus, encoder, output, columns, chunks, storage_block)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at))
@@ -310,6 +315,11 @@ def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.Score
     """Specs for scoring; single window or pooling options change the checkpoint's, not the built-in defaults."""
     sections = read_config(options["config"], sections=("corpus", "spec"))
     columns = build(specs.CorpusSpec, options, sections, section="corpus")
+    if options["storage_block"] is not None:
+        with local_server():
+            from flows.storage_block import use_storage_block  # noqa: PLC0415 - after the environment is set
+
+            use_storage_block(options["storage_block"])
     from belt_tasks import checkpoint  # noqa: PLC0415 - imports torch
 
     card = checkpoint.read_card(checkpoint.resolve(options["checkpoint"]))

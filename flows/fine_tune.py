@@ -10,6 +10,7 @@ from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, TrainSpec
 from flows import tasks
+from flows.storage_block import use_storage_block
 
 
 @flow(name="fine-tune", flow_run_name="fine-tune {corpus_uri}", task_runner=tasks.one_worker)
@@ -19,6 +20,7 @@ def fine_tune(
     output_uri: str,
     corpus: CorpusSpec = CorpusSpec(),
     spec: TrainSpec = TrainSpec(),
+    storage_block: str | None = None,
 ) -> tuple[Manifest, FineTuningReceipt]:
     """Fine-tune on every labelled document; a run that is complete already is not done again.
 
@@ -28,7 +30,9 @@ def fine_tune(
         output_uri: directory for the run, its checkpoint and the published manifest; can be scored with.
         corpus: columns and split.
         spec: how to fine-tune.
+        storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
     """
+    use_storage_block(storage_block)
     started_at = datetime.now(UTC)
     plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
     manifest = tasks.republish_fine_tuning(plan.run)

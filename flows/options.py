@@ -56,6 +56,13 @@ Checkpoint = Annotated[
     str,
     typer.Option(help="Output of `belt fine-tune`, a checkpoint in it, or a finished Hugging Face classifier."),
 ]
+StorageBlock = Annotated[
+    str | None,
+    typer.Option(
+        help="Prefect Secret block with options of object stores, as JSON; without it those of the environment.",
+        metavar="<str>",
+    ),
+]
 Encoder = Annotated[str, typer.Option(help="Local directory or Hugging Face name of an encoder.")]
 Config = Annotated[
     Path | None, typer.Option(help="YAML file with the flow's specs, in sections corpus and spec; options override it.")

@@ -9,6 +9,7 @@ from belt_tasks import summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from flows import tasks
+from flows.storage_block import use_storage_block
 
 
 @flow(name="score", flow_run_name="score {corpus_uri}", task_runner=tasks.one_worker)
@@ -18,6 +19,7 @@ def score(
     output_uri: str,
     corpus: CorpusSpec = CorpusSpec(),
     spec: ScoreSpec = ScoreSpec(),
+    storage_block: str | None = None,
 ) -> Manifest:
     """Score every document of a corpus; killed and started again, it goes on where it was.
 
@@ -27,7 +29,9 @@ def score(
         output_uri: directory for the run and the published manifest.
         corpus: columns and split.
         spec: how to score; what it leaves out is the checkpoint's own.
+        storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
     """
+    use_storage_block(storage_block)
     started_at = datetime.now(UTC)
     plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
     manifest = tasks.republish(plan.run)

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from belt_tasks import object_stores
+from tests.s3_server import BUCKET, S3Server
+from tests.s3_server import s3_server as run_s3_server
 
 FAMILIES = ("bert", "roberta", "distilbert", "mpnet", "modernbert")
 NUM_POSITIONS = 64
@@ -273,3 +278,26 @@ def labelled_rows(num_documents: int, *, seed: int = 0, most_words: int = 120) -
         text = " ".join([label, *(f"{word} {label}" for word in text.split())])
         rows.append((f"doc-{i:04d}", text, label, "test" if i % 5 == 0 else "train"))
     return pl.DataFrame(rows, schema=["doc_id", "text", "label", "split"], orient="row")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[S3Server]:
+    """A real S3 server with one bucket."""
+    with run_s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch) -> Iterator[S3Server]:
+    """The server, which belt finds by the environment."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    object_stores.configure({})
+    yield s3_server
+    object_stores.configure({})
+
+
+@pytest.fixture
+def s3_root(s3) -> str:  # noqa: ARG001 - finds the server by the environment
+    """An empty prefix on the server."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"

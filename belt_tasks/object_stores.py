@@ -1,0 +1,249 @@
+"""Object stores: s3://, gs:// and abfs:// as fsspec filesystems, with one configuration for belt and for Delta Lake.
+
+Where it comes from, the later over the earlier: the environment (the cloud's own variables, such as AWS_ENDPOINT_URL
+or GOOGLE_APPLICATION_CREDENTIALS), fsspec's configuration (its files and FSSPEC_S3_KEY and so on; s3fs's, gcsfs's and
+adlfs's names are understood), and `configure`. Nothing of it is ever part of a URI, a spec, a manifest or a message.
+"""
+
+import os
+import re
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec.config
+from fsspec.spec import AbstractBufferedFile
+from obstore.exceptions import BaseError, PreconditionError, UnknownConfigurationKeyError
+from obstore.fsspec import FsspecStore
+
+from belt_tasks.errors import BeltError, ConfigError, TransientError
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+
+Options = Mapping[str, Any]
+
+FAMILIES = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "abfs": "abfs",
+    "abfss": "abfs",
+    "az": "abfs",
+}
+"""Protocols of each cloud, and the name under which it is configured."""
+
+# a store that is throttled, restarted or out of reach for some seconds is not an error
+RETRIES = {
+    "max_retries": 12,
+    "retry_timeout": timedelta(seconds=90),
+    "backoff": {
+        "base": 2,
+        "init_backoff": timedelta(milliseconds=200),
+        "max_backoff": timedelta(seconds=10),
+    },
+}
+
+# fsspec's name of an option -> the store's
+NAMES = {
+    "s3": {
+        "key": "aws_access_key_id",
+        "secret": "aws_secret_access_key",
+        "token": "aws_session_token",
+        "endpoint_url": "aws_endpoint",
+        "region_name": "aws_region",
+        "anon": "aws_skip_signature",
+    },
+    "gs": {"token": "google_service_account", "anon": "google_skip_signature"},
+    "abfs": {
+        "account_name": "azure_storage_account_name",
+        "account_key": "azure_storage_account_key",
+        "sas_token": "azure_storage_sas_key",
+        "tenant_id": "azure_storage_tenant_id",
+        "client_id": "azure_storage_client_id",
+        "client_secret": "azure_storage_client_secret",
+        "anon": "azure_skip_signature",
+    },
+}
+# without credentials a machine of the cloud itself is asked for some
+TRACES_OF_NO_CREDENTIALS = ("/latest/api/token", "169.254.169.254", "metadata.google", "Missing AccessKeyId")
+TRACES_OF_NO_ANSWER = re.compile("HTTP error|error sending|error decoding|connection|timed? ?out", re.IGNORECASE)
+MEANINGS = {
+    "301": "the bucket is in another region",
+    "400": "refused; credentials that have expired, or a wrong region, are answered so",
+    "401": "not authenticated",
+    "403": "access denied: the keys are wrong, or do not permit it",
+}
+RETRIED_STATUSES = {"408", "429"}  # besides all that begin with 5
+UNUSED = {"project", "use_listings_cache", "asynchronous", "loop", "use_ssl"}
+
+_configured: dict[str, dict[str, str]] = {}
+_lock = threading.Lock()
+
+
+def configure(options: Mapping[str, Options]) -> None:
+    """Set options of this process, over those of the environment and of fsspec's configuration.
+
+    Args:
+        options: by protocol; names are fsspec's or the store's own.
+
+    Raises:
+        ConfigError: there is no such protocol or option.
+    """
+    translated = {}
+    for protocol, values in options.items():
+        if protocol not in FAMILIES:
+            raise ConfigError(
+                f"storage options are for one of {', '.join(sorted(set(FAMILIES.values())))}, got {protocol!r}"
+            )
+        translated[FAMILIES[protocol]] = _translate(FAMILIES[protocol], values)
+    with _lock:
+        _configured.clear()
+        _configured.update(translated)
+        filesystem.cache_clear()
+
+
+def options(protocol: str) -> dict[str, str]:
+    """What is configured for a protocol beside the environment, in the store's names; as Delta Lake takes it.
+
+    Raises:
+        ConfigError: fsspec's configuration has an option that is not known.
+    """
+    family = FAMILIES[protocol]
+    found: dict[str, str] = {}
+    for name in (name for name, its in FAMILIES.items() if its == family):
+        found |= _translate(family, fsspec.config.conf.get(name, {}))
+    return found | _configured.get(family, {})
+
+
+@cache
+def filesystem(protocol: str) -> "ObjectFileSystem":
+    """The filesystem of a protocol, as it is configured.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    chosen = options(protocol)
+    return ObjectFileSystem(  # type: ignore[call-overload,no-any-return]
+        protocol,
+        config=chosen or None,
+        client_options={"allow_http": True},  # where an endpoint says so
+        retry_config=RETRIES,
+        credential_provider=_profile(chosen) if FAMILIES[protocol] == "s3" else None,
+        skip_instance_cache=True,
+    )
+
+
+class ObjectFileSystem(FsspecStore):
+    """obstore's filesystem, with paths taken literally, one listing for a whole tree, and whole names of objects."""
+
+    def _split_path(self, path: str) -> tuple[str, str]:
+        bucket, _, key = self._strip_protocol(path).partition("/")
+        return bucket, key
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:  # noqa: ANN401 - fsspec's
+        if isinstance(path, list):
+            return [cls._strip_protocol(each) for each in path]
+        return re.sub(r"^[a-z0-9]+://", "", str(path)).rstrip("/")
+
+    async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fsspec's
+        info: dict[str, Any] = await super()._info(path, **kwargs)
+        return info | {"name": self._strip_protocol(path)}
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> "ObjectFile":  # type: ignore[override]  # noqa: ANN401
+        return ObjectFile(self, path, mode, cache_type="none")
+
+    async def _find(self, path: str, maxdepth: int | None = None, *, withdirs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401 - fsspec's
+        if maxdepth is not None or withdirs:
+            return await super()._find(path, maxdepth=maxdepth, withdirs=withdirs, **kwargs)
+        bucket, prefix = self._split_path(path)
+        found = {}
+        async for objects in self._construct_store(bucket).list(prefix or None):
+            for it in objects:
+                name = f"{bucket}/{it['path']}"
+                found[name] = {"name": name, "size": it["size"], "type": "file", "e_tag": it["e_tag"]}
+        return found if kwargs.get("detail") else sorted(found)
+
+
+class ObjectFile(AbstractBufferedFile):  # type: ignore[misc]
+    """An object to read from, as it was when it was opened; whoever reads chooses how much at a time."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        bucket, key = self.fs._split_path(self.path)  # noqa: SLF001 - its own filesystem
+        options: GetOptions = {"range": (start, end), "if_match": self.details["e_tag"]}
+        try:
+            return bytes(self.fs._construct_store(bucket).get(key, options=options).bytes())  # noqa: SLF001
+        except PreconditionError as error:
+            raise OSError(f"{self.path} changed while it was read") from error
+        except BaseError as error:
+            meaning = error_of(error, f"read {self.path}")
+            raise (ConnectionError if isinstance(meaning, TransientError) else OSError)(str(meaning)) from None
+
+
+def error_of(error: Exception, action: str) -> BeltError:
+    """What an error of a store, or of Delta Lake on one, means to a user: worth a retry, or something to mend.
+
+    Nothing secret is in it.
+    """
+    text = str(error).partition("Debug source")[0].strip()
+    status = re.search(r"status code: (\d+)", text)
+    code = re.search(r"<Code>([^<]*)</Code>", text)
+    message = re.search(r"<Message>([^<]*)</Message>", text)
+    if isinstance(error, UnknownConfigurationKeyError):
+        return ConfigError(f"cannot {action}: {text}")
+    if any(trace in text for trace in TRACES_OF_NO_CREDENTIALS):
+        return ConfigError(f"cannot {action}: no credentials are configured")
+    said = ", ".join(part[1] for part in (code, message) if part)  # not in the answer to a HEAD request
+    what = said or (status and MEANINGS.get(status[1])) or text.splitlines()[0]
+    if status is None:
+        kind = TransientError if TRACES_OF_NO_ANSWER.search(text) else ConfigError
+        return kind(f"cannot {action}: {what}")
+    if status[1] in RETRIED_STATUSES or status[1].startswith("5"):
+        return TransientError(f"cannot {action}: {what}")
+    return ConfigError(f"cannot {action}: {what} ({status[1]})")
+
+
+def _translate(family: str, values: Options) -> dict[str, str]:
+    """A store's names and strings for fsspec's."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "client_kwargs":
+            flat |= value
+        elif name == "config_kwargs":
+            style = value.get("s3", {}).get("addressing_style")
+            flat |= {} if style is None else {"aws_virtual_hosted_style_request": style == "virtual"}
+        elif name not in UNUSED:
+            flat[name] = value
+    names = NAMES[family]
+    known = tuple(f"{prefix}_" for prefix in ("aws", "google", "azure"))
+    unknown = sorted(name for name in flat if name not in names and not name.startswith(known))
+    if unknown:
+        raise ConfigError(
+            f"storage options of {family}: {', '.join(unknown)} not known; allowed: {', '.join(sorted(names))}, and "
+            "Delta Lake's own names"
+        )
+    return {
+        names.get(name, name): str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in flat.items()
+        if value is not None
+    }
+
+
+def _profile(chosen: Options) -> Any:  # noqa: ANN401 - a credential provider
+    """Credentials of a profile of AWS's own configuration, where nothing else names any."""
+    given = {name.lower() for name in os.environ} | set(chosen)
+    if {"aws_access_key_id", "aws_skip_signature", "aws_web_identity_token_file"} & given:
+        return None
+    folder = Path.home() / ".aws"
+    if "aws_profile" not in given and not (folder / "credentials").exists() and not (folder / "config").exists():
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise ConfigError("AWS profiles need boto3: pip install boto3") from error
+    return Boto3CredentialProvider()

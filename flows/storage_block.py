@@ -1,0 +1,38 @@
+"""Storage options in a Prefect block: the flow's parameter is the block's name, the secrets stay on the server."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from prefect.blocks.system import Secret
+
+from belt_tasks import object_stores
+from belt_tasks.errors import ConfigError
+
+
+def use_storage_block(name: str | None) -> None:
+    """Configure this process's object stores from a Secret block; None leaves them as the environment has them.
+
+    Args:
+        name: of a Secret block whose value is a JSON object: options by protocol, such as
+            `{"s3": {"key": ..., "secret": ..., "endpoint_url": ...}}`, with the names of fsspec.
+
+    Raises:
+        ConfigError: there is no such block, or its value is none.
+    """
+    if name is None:
+        return
+    try:
+        value = cast("Secret[Any]", Secret.load(name)).get()
+    except ValueError as error:
+        raise ConfigError(f"storage_block: no Secret block {name!r} on this Prefect server") from error
+    try:
+        options = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, Mapping) or not all(isinstance(each, Mapping) for each in options.values()):
+        raise ConfigError(
+            f"storage_block: the value of Secret block {name!r} must be a JSON object of options by protocol, "
+            'such as {"s3": {"key": ..., "secret": ...}}'  # what it is instead may be a secret
+        ) from None
+    object_stores.configure(options)

@@ -1,0 +1,138 @@
+"""A real S3 server for tests and, with `make s3`, for people: SeaweedFS on this machine, with keys that it enforces."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import obstore
+import typer
+from obstore.store import S3Store
+
+STARTUP_S = 60
+BUCKET = "belt"
+KEYS = {
+    "belt": ("belt-key", "belt-secret", ["Read", "Write", "List", "Tagging"]),
+    "reader": ("reader-key", "reader-secret", ["Read", "List"]),
+    "admin": ("admin-key", "admin-secret", ["Admin", "Read", "Write", "List", "Tagging"]),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Server:
+    """Where it listens, and who may do what."""
+
+    endpoint: str
+    process: "subprocess.Popen[bytes]"
+
+    def environment(self, identity: str = "belt") -> dict[str, str]:
+        """The variables with which AWS's own tools and belt find it."""
+        key, secret, _ = KEYS[identity]
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def make_bucket(self, name: str) -> None:
+        """An administrator's first object makes a bucket here."""
+        key, secret, _ = KEYS["admin"]
+        store = S3Store(
+            name,
+            endpoint=self.endpoint,
+            access_key_id=key,
+            secret_access_key=secret,
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+        obstore.put(store, "made", b"")
+        obstore.delete(store, "made")
+
+
+@contextmanager
+def s3_server(folder: Path, *, port: int | None = None) -> Iterator[S3Server]:
+    """A server with one bucket, `belt`, whose objects lie under `folder`; it ends with the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "s3.json"
+    identities = [
+        {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+        for name, (key, secret, actions) in KEYS.items()
+    ]
+    config.write_text(json.dumps({"identities": identities}))
+    s3, master, volume, filer = _free_ports(4)
+    s3 = port or s3
+    arguments = [
+        "-logtostderr=true",
+        "mini",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-s3.port={s3}",
+        f"-master.port={master}",
+        f"-volume.port={volume}",
+        f"-filer.port={filer}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-webdav=false",
+        "-admin.ui=false",
+        "-master.telemetry=false",
+        f"-s3.config={config}",
+    ]
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen([Path(sys.executable).parent / "weed", *arguments], stdout=log, stderr=log)
+    server = S3Server(endpoint=f"http://127.0.0.1:{s3}", process=process)
+    try:
+        _wait(server, folder / "server.log")
+        yield server
+    finally:
+        process.kill()  # what it has confirmed is on disk; an orderly end takes ten seconds
+        process.wait()
+
+
+def _wait(server: S3Server, log: Path) -> None:
+    """Return when it takes objects."""
+    give_up_at = time.monotonic() + STARTUP_S
+    while True:
+        try:
+            if server.process.poll() is None:
+                server.make_bucket(BUCKET)
+                return
+        except obstore.exceptions.BaseError:
+            if time.monotonic() < give_up_at:
+                time.sleep(0.2)
+                continue
+        raise RuntimeError(f"no S3 server at {server.endpoint}; its log ends with: {log.read_text()[-1000:]}")
+
+
+def _free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on, nor on their neighbours 10,000 above, which it takes for gRPC."""
+    with ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < number:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            port = listening.getsockname()[1]
+            if port < 50_000:
+                ports.append(port)
+        return ports
+
+
+def main() -> None:
+    """Serve under .belt/s3 on port 8333 until interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with suppress(KeyboardInterrupt), s3_server(Path(".belt/s3"), port=8333) as server:
+        for name, value in server.environment().items():
+            typer.echo(f"export {name}={value}")
+        typer.echo(f"# objects of s3://{BUCKET}/ lie under .belt/s3; Ctrl-C stops the server")
+        while True:
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()

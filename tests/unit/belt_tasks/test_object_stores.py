@@ -1,0 +1,267 @@
+"""Object stores, on a real S3 server: configuration, errors in words, retries, reads of what does not stand still."""
+
+import os
+import socket
+import threading
+from contextlib import contextmanager
+
+import fsspec.config
+import pyarrow as pa
+import pytest
+
+from belt_tasks import object_stores, storage
+from belt_tasks.errors import BeltError, ConfigError, TransientError
+from tests.s3_server import BUCKET, KEYS
+
+SECRET = "not-to-be-seen-anywhere"  # noqa: S105
+
+
+@contextmanager
+def proxy(endpoint, answer):
+    """A server whose connections are each given to `answer(number, client, forward)`; yields its endpoint."""
+    host, port = endpoint.removeprefix("http://").split(":")
+
+    def forward(client, *, most_bytes=None):
+        with socket.create_connection((host, int(port))) as server:
+            threading.Thread(target=pump, args=(client, server), daemon=True).start()
+            pump(server, client, most_bytes)
+
+    def serve():
+        number = 0
+        while True:
+            try:
+                client, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=one, args=(number, client), daemon=True).start()
+            number += 1
+
+    def one(number, client):
+        with client:
+            answer(number, client, forward)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def pump(source, target, most_bytes=None):
+    passed = 0
+    try:
+        while data := source.recv(65536):
+            target.sendall(data[: None if most_bytes is None else most_bytes - passed])
+            passed += len(data)
+            if most_bytes is not None and passed >= most_bytes:
+                break
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def refuse(client):
+    client.recv(65536)
+    client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    """Give up soon."""
+    monkeypatch.setitem(object_stores.RETRIES, "max_retries", 1)
+    object_stores.configure({})
+
+
+@pytest.mark.usefixtures("s3", "quick_retries")
+@pytest.mark.parametrize(
+    ("variables", "error", "words"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": SECRET}, ConfigError, "SignatureDoesNotMatch|access denied"),
+        (
+            {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": SECRET},
+            ConfigError,
+            "InvalidAccessKeyId|access denied",
+        ),
+        ({"AWS_SKIP_SIGNATURE": "true"}, ConfigError, "AccessDenied|access denied"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, TransientError, "error sending request"),
+        ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, TransientError, "error sending request"),
+    ],
+)
+def test_a_wrong_configuration_is_one_clear_error_without_secrets(s3_root, monkeypatch, variables, error, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    object_stores.configure({})
+
+    for call in (
+        lambda: storage.list_files(s3_root, suffix=".parquet"),
+        lambda: storage.check_writable(s3_root),
+        lambda: storage.read_bytes(f"{s3_root}/a"),
+        lambda: storage.is_directory(s3_root),
+    ):
+        with pytest.raises(error, match=words) as raised:
+            call()
+        said = f"{raised.value!s}{raised.value!r}{raised.value.__cause__!r}"
+        assert SECRET not in said
+        assert s3_root in said
+        assert len(str(raised.value)) < 400
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_missing_bucket_is_named():
+    with pytest.raises(ConfigError, match=r"s3://nothing-here/corpus: NoSuchBucket, The specified bucket"):
+        storage.list_files("s3://nothing-here/corpus", suffix=".parquet")
+
+
+def test_a_place_that_may_be_read_only_cannot_be_written(s3, s3_root, monkeypatch):
+    storage.write_bytes(f"{s3_root}/a.parquet", b"")
+    for name, value in s3.environment("reader").items():
+        monkeypatch.setenv(name, value)
+    object_stores.configure({})
+
+    assert len(storage.list_files(s3_root, suffix=".parquet")) == 1
+    with pytest.raises(ConfigError, match=rf"{s3_root}: cannot be written to .*AccessDenied"):
+        storage.check_writable(s3_root)
+
+
+def test_without_any_credentials_that_is_said(s3_root, monkeypatch, tmp_path):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # what a machine outside AWS answers for AWS's own source of credentials
+    with proxy("http://127.0.0.1:1", lambda _, client, __: refuse(client)) as endpoint:
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", endpoint)
+        monkeypatch.setitem(object_stores.RETRIES, "max_retries", 0)
+        object_stores.configure({})
+        with pytest.raises(BeltError, match="no credentials are configured"):
+            storage.list_files(s3_root, suffix=".parquet")
+
+
+@pytest.mark.parametrize("way", ["fsspec", "configure"])
+def test_fsspec_s_own_names_are_understood_and_win_over_the_environment(s3, s3_root, monkeypatch, way):
+    key, secret, _ = KEYS["belt"]
+    options = {
+        "key": key,
+        "secret": secret,
+        "use_listings_cache": False,
+        "client_kwargs": {"endpoint_url": s3.endpoint, "region_name": "us-east-1"},
+        "config_kwargs": {"s3": {"addressing_style": "path"}},
+    }
+    for name in s3.environment():
+        monkeypatch.setenv(name, "wrong")
+    if way == "fsspec":
+        monkeypatch.setitem(fsspec.config.conf, "s3", options)
+        object_stores.configure({})
+    else:
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"key": "wrong", "anon": True})
+        object_stores.configure({"s3": options | {"anon": False}})
+
+    storage.write_bytes(f"{s3_root}/a", b"here")
+
+    assert storage.read_bytes(f"{s3_root}/a") == b"here"
+    assert object_stores.options("s3") == object_stores.options("s3a")
+    assert object_stores.options("s3")["aws_secret_access_key"] == secret
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"s3": {"secrte": SECRET}}, "storage options of s3: secrte not known; allowed: anon, endpoint_url, key"),
+        ({"ftp": {}}, "storage options are for one of abfs, gs, s3, got 'ftp'"),
+        ({"abfs": {"connection_string": SECRET}}, "connection_string not known; allowed: account_key, account_name"),
+    ],
+)
+def test_an_unknown_option_is_named_and_its_value_is_not(options, words):
+    with pytest.raises(ConfigError, match=words) as raised:
+        object_stores.configure(options)
+    assert SECRET not in str(raised.value)
+
+
+def test_options_of_every_cloud_are_those_of_delta_lake():
+    object_stores.configure(
+        {
+            "gcs": {"token": "/key.json", "project": "mine"},
+            "az": {"account_name": "me", "account_key": "a2V5", "anon": False},
+        }
+    )
+    try:
+        assert object_stores.options("gs") == {"google_service_account": "/key.json"}
+        assert object_stores.options("abfss") == {
+            "azure_storage_account_name": "me",
+            "azure_storage_account_key": "a2V5",
+            "azure_skip_signature": "false",
+        }
+        # taken by the store itself, which does not look for anything yet
+        assert object_stores.filesystem("az")._construct_store("container") is not None
+    finally:
+        object_stores.configure({})
+
+
+def test_a_store_that_is_throttled_for_a_while_is_waited_for(s3, s3_root, monkeypatch):
+    numbers = []
+
+    def answer(number, client, forward):
+        numbers.append(number)
+        refuse(client) if number < 4 else forward(client)
+
+    with proxy(s3.endpoint, answer) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        object_stores.configure({})
+        storage.write_bytes(f"{s3_root}/a", b"x")
+
+        assert storage.read_bytes(f"{s3_root}/a") == b"x"
+    assert len(numbers) > 4
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_store_that_is_throttled_for_good_is_worth_another_attempt_later(s3, s3_root, monkeypatch):
+    with proxy(s3.endpoint, lambda _, client, __: refuse(client)) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        object_stores.configure({})
+        with pytest.raises(TransientError, match=f"cannot read {s3_root}/a: "):
+            storage.read_bytes(f"{s3_root}/a")
+
+
+def test_a_connection_that_drops_in_the_middle_of_an_object_is_made_again(s3, s3_root, monkeypatch):
+    data = os.urandom(3_000_000)
+    storage.write_bytes(f"{s3_root}/a", data)
+    cut = []
+
+    def answer(number, client, forward):
+        if number == 0:
+            forward(client, most_bytes=1_000_000)
+            cut.append(number)
+        else:
+            forward(client)
+
+    with proxy(s3.endpoint, answer) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        object_stores.configure({})
+        assert storage.read_bytes(f"{s3_root}/a") == data
+    assert cut
+
+
+@pytest.mark.usefixtures("s3")
+def test_an_object_that_changes_while_it_is_read_is_not_read_as_a_mixture(s3_root):
+    uri = f"{s3_root}/a.parquet"
+    table = pa.table({"number": range(100_000), "word": ["some words"] * 100_000})
+    storage.write_parquet(uri, table)
+
+    with storage.open_parquet(uri) as parquet:
+        storage.write_parquet(uri, table.slice(1))
+        with pytest.raises(OSError, match=r"a\.parquet changed while it was read"):
+            parquet.read()
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_listing_is_complete_and_names_are_taken_literally(s3_root):
+    names = [f"part=1/{i:04}.parquet" for i in range(1100)] + ["a b#c?d=%20/é*[x].parquet", "z+y&.parquet"]
+    filesystem = object_stores.filesystem("s3")
+    path = s3_root.removeprefix("s3://")
+    filesystem.pipe({f"{path}/{name}": name.encode() for name in names})
+
+    found = storage.list_files(s3_root, suffix=".parquet")
+
+    assert [file.uri for file in found] == sorted(f"{s3_root}/{name}" for name in names)
+    assert [file.num_bytes for file in found] == [
+        len(name.encode()) for name in sorted(names, key=lambda name: f"{s3_root}/{name}")
+    ]
+    assert storage.read_bytes(f"{s3_root}/{names[-2]}") == names[-2].encode()
+    assert len(storage.list_files(f"{s3_root}/part=1/*0.parquet", suffix=".parquet")) == 110
+    assert f"s3://{BUCKET}/" in found[0].uri
