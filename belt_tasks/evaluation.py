@@ -16,6 +16,8 @@ from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import CorpusSpec, Head, ScoreSpec, Spec
 from belt_tasks.training_set import LABEL_ROLES
 
+MOST_LABELS = 10  # shown in a message
+
 
 class EvaluationReceipt(Spec):
     """A finished evaluation."""
@@ -45,9 +47,11 @@ def evaluate_run(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -
     predicted = _read_scores(manifest.uris(run.output_uri, "predictions"))
     joined = labelled.join(predicted, on="doc_id", how="inner").sort("doc_id")
     if len(joined) == 0:
+        labels = ", ".join([*head.labels[:MOST_LABELS], *(["..."] if len(head.labels) > MOST_LABELS else [])])
         raise ConfigError(
             f"nothing to evaluate: of {len(labelled)} labelled and {len(predicted)} scored documents none is both; "
-            f"rows put aside: {rejected_by_reason or 'none'}"
+            f"rows put aside: {rejected_by_reason or 'none'}; column {corpus.label_column!r} was searched for the "
+            f"checkpoint's labels: {labels}"
         )
     target = _target(joined, head)
     scores_DL = np.array(joined["scores"].to_list(), dtype=np.float64)

@@ -223,6 +223,8 @@ def model_files(source: str | Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+            reason = "the folder has no config.json, so it is no encoder"
         raise ConfigError(f"cannot load a model from {source}: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

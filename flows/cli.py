@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,10 +67,12 @@ from flows.progress_bars import ProgressBars
 app = typer.Typer(
     help="Fine-tune and score text encoders on documents longer than the encoder can read.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # its tables cut long names at 80 columns
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 console = Console(soft_wrap=True)
+GO_ON = "Finished shards, if any, are kept; run the same command again to go on."
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -82,10 +84,6 @@ def _main(
     """Fine-tune and score text encoders on documents longer than the encoder can read."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
-    # a new PREFECT_HOME makes the first start of the local server slow; nothing is sent to anyone
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
     if "PREFECT_HOME" in os.environ:  # Prefect makes the last folder of the path only, and fails obscurely without
         Path(os.environ["PREFECT_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)
 
@@ -340,8 +338,14 @@ def _user_errors() -> Iterator[None]:
         _complain(str(error))
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        errors.print("Interrupted. Finished shards, if any, are kept; run the same command again to go on.")
-        raise typer.Exit(130) from None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends within seconds, in order
+        errors.print(f"Interrupted. {GO_ON}")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except SystemExit as error:
+        if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
+            with suppress(OSError):  # the terminal may be gone
+                errors.print(f"Terminated. {GO_ON}")
+        raise
 
 
 def _complain(message: str) -> None:

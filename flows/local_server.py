@@ -17,9 +17,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from belt_tasks.errors import BeltError
+from belt_tasks.errors import BeltError, ConfigError
 
 STARTUP_S = 120.0  # a new PREFECT_HOME makes the first start slow
+CHECK_S = 30.0
 STOP_S = 5.0
 POLL_S = 0.05
 
@@ -33,8 +34,10 @@ def local_server() -> Iterator[None]:
 
     Raises:
         BeltError: the server did not start.
+        ConfigError: PREFECT_API_URL leads nowhere.
     """
     if "PREFECT_API_URL" in os.environ:
+        _check(os.environ["PREFECT_API_URL"])
         yield
         return
     with socket.create_server(("127.0.0.1", 0)) as listening:  # the server takes it over: no port is guessed
@@ -59,6 +62,21 @@ def local_server() -> Iterator[None]:
 
     _wait(process, url)
     yield
+
+
+def _check(url: str) -> None:
+    """See that a configured server answers, whatever it says."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=CHECK_S):  # noqa: S310 - the user's own
+            pass
+    except urllib.error.HTTPError:  # it may ask who we are
+        pass
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConfigError(
+            f"PREFECT_API_URL: no Prefect server answers at {url} ({reason}); start it, or unset the variable and each "
+            "command has a private one"
+        ) from error
 
 
 def _wait(process: "subprocess.Popen[bytes]", url: str) -> None:

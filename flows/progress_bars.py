@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 LINE_EVERY_S = 10.0
+GROWING = {"encode"}  # documents are cut while others are encoded, so there is more to come
 UNITS = {"tokenize": "rows", "encode": "chunks", "fine-tune": "documents"}
 
 
@@ -52,5 +53,7 @@ class ProgressBars:
         self._done[stage] = self._done.get(stage, 0) + num_done
         if not self._console.is_terminal and num_done and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_EVERY_S
-            total = f" of {self._totals[stage]:,}" if stage in self._totals else ""
-            self._console.print(f"{stage}: {self._done[stage]:,}{total} {UNITS.get(stage, '')}".rstrip())
+            words = [f"{stage}: {self._done[stage]:,}", UNITS.get(stage, "")]
+            if stage in self._totals:
+                words += [f"of {self._totals[stage]:,}", "so far" if stage in GROWING else ""]
+            self._console.print(" ".join(word for word in words if word))

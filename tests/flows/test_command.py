@@ -12,6 +12,8 @@ import transformers
 from typer.testing import CliRunner
 
 from belt_tasks import publishing
+from belt_tasks.demo import write_demo_corpus
+from belt_tasks.demo_corpus import DemoCorpusSpec
 from belt_tasks.specs import ChunkSpec, PoolingSpec, ScoreSpec, TrainSpec
 from flows import cli
 
@@ -172,3 +174,25 @@ def test_a_config_file_changes_the_checkpoints_windows_field_by_field(labelled_c
 
     assert (code, said) == (0, "")
     assert spec_of(tmp_path / "out").chunks == ChunkSpec(chunk_size=30, stride=11)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "nonsense"])
+def test_a_prefect_server_that_does_not_answer_is_named(labelled_corpus, tiny_checkpoint, tmp_path, monkeypatch, url):
+    monkeypatch.setenv("PREFECT_API_URL", url)
+
+    code, _, said = belt("score", labelled_corpus, "--checkpoint", tiny_checkpoint, "--output", tmp_path / "out")
+
+    assert code == 1
+    assert said.startswith(f"Error: PREFECT_API_URL: no Prefect server answers at {url} (")
+    assert "unset the variable" in said
+
+
+def test_the_demo_corpus_is_written_once(tmp_path):
+    spec = DemoCorpusSpec(libraries=("polars",), documents_per_library=4, num_long=1)
+    write_demo_corpus(str(tmp_path), spec)
+    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+
+    write_demo_corpus(str(tmp_path), spec)
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())] == before
+    write_demo_corpus(str(tmp_path), spec.model_copy(update={"seed": 5}))
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())] != before

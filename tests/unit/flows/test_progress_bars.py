@@ -20,7 +20,7 @@ def lines(monkeypatch, *, seconds):
 
 
 def test_a_long_stage_says_how_far_it_is(monkeypatch):
-    assert lines(monkeypatch, seconds=20)[:2] == ["encode: 10 of 40 chunks", "encode: 20 of 40 chunks"]
+    assert lines(monkeypatch, seconds=20)[:2] == ["encode: 10 chunks of 40 so far", "encode: 20 chunks of 40 so far"]
 
 
 def test_a_quick_command_says_nothing(monkeypatch):
