@@ -4,6 +4,7 @@
     ├── ConfigError      stop: a person has to change a parameter, a path or the environment
     ├── ShardError       set this shard aside and go on with the others
     │   └── ContractError    rows do not satisfy their data contract
+    ├── ConflictError    another run was first: plan again
     └── TransientError   try again: a time-out, a dropped connection
 
 A message says what, got, allowed and where. `assert` is kept for belt's own bugs.
@@ -24,6 +25,10 @@ class ShardError(BeltError):
 
 class ContractError(ShardError):
     """Rows do not satisfy their data contract."""
+
+
+class ConflictError(BeltError):
+    """Another run changed what this one was planned on; nothing of this one was published."""
 
 
 class TransientError(BeltError):

@@ -23,10 +23,11 @@ from data_contracts.loader import (
     is_finite,
     laws,
     primary_key,
+    purpose,
     rules,
 )
 
-__all__ = ["TABLES", "Violation", "arrow_schema", "contract", "message", "rules", "violations"]
+__all__ = ["TABLES", "Violation", "arrow_schema", "contract", "message", "purpose", "rules", "violations"]
 
 _MAX_EXAMPLES: Final = 3
 _MAX_VALUE_CHARS: Final = 40

@@ -52,6 +52,12 @@ def contract(name: str) -> OpenDataContractStandard:
     return OpenDataContractStandard.from_string(text)
 
 
+def purpose(name: str) -> str:
+    """What a table is for, in a sentence."""
+    description = contract(name).description
+    return (description and description.purpose) or ""
+
+
 @cache
 def arrow_schema(name: str) -> pa.Schema:
     """Build the Arrow schema that a table is written with.

@@ -1,0 +1,336 @@
+"""The lake: published tables in Delta Lake. A run changes a table by one commit: readers see all of it or nothing.
+
+A table is sorted by its key, and the key ranges of its files do not overlap: a lookup opens one file. A run rewrites
+only the files whose keys it touches (copy on write), a range at a time, so memory depends on no table's size.
+
+A commit names the run, and a run that has committed is not committed again. A commit happens only on the version of the
+table that the run was planned on: of two runs at once, one wins and the other is told.
+"""
+
+import json
+import math
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.schema import Schema
+from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
+
+import data_contracts
+from belt_tasks import object_stores, sorted_files, storage
+from belt_tasks.errors import ConfigError, ConflictError, TransientError
+from belt_tasks.sorted_files import SortedFile
+
+FILE_ROWS = 250_000
+"""Rows of a file, about; some 20 MB of predictions."""
+ROW_GROUP_ROWS = 16_384
+MOST_CHARACTERS = 128  # longer strings are no use as bounds; the key's are always whole
+
+TABLE_PROPERTIES = {
+    "delta.logRetentionDuration": "interval 3650 days",  # the history says which run made what
+    "delta.deletedFileRetentionDuration": "interval 30 days",  # and what can be gone back to
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRef:
+    """A published table."""
+
+    uri: str
+    name: str
+    """Of its contract."""
+    key: str
+    """Its first sorting column; a run replaces all rows of a key together."""
+    order: tuple[str, ...] = ()
+    """Further sorting columns."""
+
+    def load(self, version: int | None = None) -> DeltaTable | None:
+        """The table as it is now, or was; None where there is none.
+
+        Raises:
+            ConfigError: the place cannot be read, or Delta Lake cannot write there.
+        """
+        with _delta_errors(f"read {self.uri}"):
+            try:
+                return DeltaTable(self.uri, version=version, storage_options=storage.delta_options(self.uri))
+            except TableNotFoundError:
+                return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a run does to a table: all rows of the keys that it names give way to its own."""
+
+    new_uris: tuple[str, ...] = ()
+    """Parquet files of the table's columns, each sorted by the key."""
+    removed: frozenset[str] = frozenset()
+    """Keys without new rows whose rows go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """The outcome of a commit."""
+
+    version: int
+    num_rows: int
+    """Of the whole table, after it."""
+    num_files_written: int
+    reused: bool
+    """Whether an earlier attempt at this run had done it."""
+
+
+def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | None) -> Committed:
+    """Change a table by one commit, unless this run has done so before.
+
+    Args:
+        table: what to change; it is made where it is not there.
+        change: what to do.
+        run_id: who does it.
+        base_version: the version that the run was planned on; None where there was no table.
+
+    Raises:
+        ConflictError: the table is no longer at that version; nothing was changed.
+        ConfigError: it cannot be written there.
+        TransientError: the store did not answer; whether it was changed is found out by the next attempt.
+    """
+    delta = table.load()
+    if delta is not None and is_committed(delta, run_id):
+        return Committed(version=delta.version(), num_rows=_num_rows(delta), num_files_written=0, reused=True)
+    version = None if delta is None else delta.version()
+    if version != base_version:
+        raise ConflictError(_conflict(table, base_version, version))
+    schema = data_contracts.arrow_schema(table.name)
+    old = [] if delta is None else _files(delta, table)
+    new = [SortedFile.read(uri, table.key) for uri in change.new_uris]
+    adds: list[AddAction] = []
+    removes: list[RemoveAction] = []
+    for group in _groups(old, table.uri):
+        new_here = [part for each in new if (part := each.within(group.lower, group.upper)).row_groups]
+        removed_here = frozenset(key for key in change.removed if group.owns(key))
+        if not new_here and not any(file.may_hold(key) for file in group.files for key in removed_here):
+            continue
+        adds += _rewrite(table, schema, group, new_here, removed_here, run_id)
+        removes += [file.remove_action() for file in group.files]
+    _commit(table, delta, schema, adds, removes, run_id)
+    after = table.load()
+    if after is None or not is_committed(after, run_id):
+        raise TransientError(f"cannot see what was committed to {table.uri}")
+    return Committed(version=after.version(), num_rows=_num_rows(after), num_files_written=len(adds), reused=False)
+
+
+def is_committed(delta: DeltaTable, run_id: str) -> bool:
+    """Whether a run has changed this table."""
+    return delta.transaction_version(_app_id(run_id)) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TableFile:
+    """A file of the present version."""
+
+    path: str
+    uri: str
+    num_bytes: int
+    first: str | None
+    last: str | None
+    """Bounds of its keys; None where the log does not say."""
+
+    def may_hold(self, key: str) -> bool:
+        return (self.first is None or self.first <= key) and (self.last is None or key <= self.last)
+
+    def remove_action(self) -> RemoveAction:
+        return RemoveAction(
+            path=self.path,
+            data_change=True,
+            deletion_timestamp=int(datetime.now(UTC).timestamp() * 1000),
+            partition_values={},
+            size=self.num_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Files whose ranges overlap, usually one, and the range of keys that they own: [lower, upper)."""
+
+    files: tuple[_TableFile, ...]
+    lower: str | None
+    upper: str | None
+
+    def owns(self, key: str) -> bool:
+        return (self.lower is None or self.lower <= key) and (self.upper is None or key < self.upper)
+
+
+def _files(delta: DeltaTable, table: TableRef) -> list[_TableFile]:
+    frame = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
+    bounds = [f"min.{table.key}", f"max.{table.key}"]
+    frame = frame.with_columns(pl.lit(None, pl.String).alias(name) for name in bounds if name not in frame.columns)
+    return [
+        _TableFile(path=path, uri=storage.join(table.uri, path), num_bytes=num_bytes, first=first, last=last)
+        for path, num_bytes, first, last in frame.select("path", "size_bytes", *bounds).iter_rows()
+    ]
+
+
+def _groups(files: Sequence[_TableFile], where: str) -> list[_Group]:
+    """Every key is owned by one group."""
+    unknown = [file for file in files if file.first is None or file.last is None]
+    if unknown:
+        raise ConfigError(f"{where}: {unknown[0].path} has no bounds of its keys; it was not written by belt")
+    runs: list[list[_TableFile]] = []
+    last = None
+    for file in sorted(files, key=lambda file: (file.first or "", file.path)):
+        if runs and last is not None and file.first is not None and file.first <= last:
+            runs[-1].append(file)
+        else:
+            runs.append([file])
+        last = file.last if last is None else max(last, file.last or "")
+    lowers = [None, *(run[0].first for run in runs[1:])]
+    return [
+        _Group(files=tuple(run), lower=lower, upper=upper)
+        for run, lower, upper in zip(runs or [[]], lowers, [*lowers[1:], None], strict=True)
+    ]
+
+
+def _rewrite(
+    table: TableRef,
+    schema: pa.Schema,
+    group: _Group,
+    new: Sequence[SortedFile],
+    removed: frozenset[str],
+    run_id: str,
+) -> list[AddAction]:
+    """Write a group's rows with a run's change, range by range."""
+    old = [SortedFile.read(file.uri, table.key) for file in group.files]
+    sizes = [size for each in (*old, *new) for size in each.row_groups]
+    adds = []
+    for lower, upper in sorted_files.ranges(sizes, group.lower, group.upper, num_rows=FILE_ROWS):
+        fresh = pa.concat_tables([schema.empty_table(), *(each.rows(lower, upper, schema) for each in new)])
+        kept = pa.concat_tables([schema.empty_table(), *(each.rows(lower, upper, schema) for each in old)])
+        gone = pc.is_in(
+            kept[table.key], pa.concat_arrays([*fresh[table.key].chunks, pa.array(sorted(removed), pa.string())])
+        )
+        rows = pa.concat_tables([kept.filter(pc.invert(gone)), fresh])
+        rows = rows.sort_by([(name, "ascending") for name in (table.key, *table.order)])
+        adds += [_write(table, part, run_id) for part in sorted_files.parts(rows, table.key, num_rows=FILE_ROWS)]
+    return adds
+
+
+def _write(table: TableRef, rows: pa.Table, run_id: str) -> AddAction:
+    path = f"{run_id}-{uuid.uuid4().hex}.parquet"  # never written twice, not even by two attempts at one run
+    uri = storage.join(table.uri, path)
+    names = [table.key, *table.order]
+    with storage.parquet_writer(
+        uri, rows.schema, sorting=[pq.SortingColumn(rows.schema.names.index(name)) for name in names]
+    ) as writer:
+        writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+    return AddAction(
+        path=path,
+        size=storage.num_bytes(uri),
+        partition_values={},
+        modification_time=int(datetime.now(UTC).timestamp() * 1000),
+        data_change=True,
+        stats=json.dumps(_statistics(rows, table.key)),
+    )
+
+
+def _statistics(rows: pa.Table, key: str) -> dict[str, Any]:
+    """Delta's statistics of a file: what readers skip it by."""
+    least, most, nulls = {}, {}, {}
+    for name in rows.schema.names:
+        column = rows[name]
+        if pa.types.is_nested(column.type):
+            continue
+        nulls[name] = column.null_count
+        if pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
+            continue
+        bounds = pc.min_max(column)
+        low, high = bounds["min"].as_py(), bounds["max"].as_py()
+        if low is None:
+            continue
+        if isinstance(low, datetime):  # to the millisecond, outwards
+            low, high = low.isoformat(timespec="milliseconds"), _next_millisecond(high)
+        if isinstance(low, str) and name != key and max(len(low), len(high)) > MOST_CHARACTERS:
+            continue
+        least[name], most[name] = low, high
+    return {"numRecords": len(rows), "minValues": least, "maxValues": most, "nullCount": nulls}
+
+
+def _next_millisecond(moment: datetime) -> str:
+    rounded = moment.timestamp() * 1000
+    return datetime.fromtimestamp(math.ceil(rounded) / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+def _commit(
+    table: TableRef,
+    delta: DeltaTable | None,
+    schema: pa.Schema,
+    adds: list[AddAction],
+    removes: list[RemoveAction],
+    run_id: str,
+) -> None:
+    properties = CommitProperties(
+        custom_metadata={"belt.run_id": run_id},
+        max_commit_retries=0,
+        app_transactions=[Transaction(_app_id(run_id), 1)],
+    )
+    try:
+        with _delta_errors(f"write {table.uri}"):
+            if delta is None:
+                create_table_with_add_actions(
+                    table.uri,
+                    Schema.from_arrow(schema),
+                    adds,
+                    mode="error",
+                    partition_by=[],
+                    name=table.name,
+                    description=data_contracts.purpose(table.name),
+                    configuration=TABLE_PROPERTIES,
+                    storage_options=storage.delta_options(table.uri),
+                    commit_properties=properties,
+                )
+            else:
+                delta.create_write_transaction(
+                    [*adds, *removes], "append", Schema.from_arrow(schema), commit_properties=properties
+                )
+    except CommitFailedError as error:
+        now = table.load()
+        if now is not None and is_committed(now, run_id):  # another attempt at this run was quicker
+            return
+        base = None if delta is None else delta.version()
+        raise ConflictError(_conflict(table, base, None if now is None else now.version())) from error
+
+
+def _conflict(table: TableRef, base: int | None, now: int | None) -> str:
+    was, has = ("not there" if version is None else f"at version {version}" for version in (base, now))
+    return (
+        f"{table.uri}: another run changed the table meanwhile: it was {was} when this run was planned and {has} now; "
+        "nothing of this run was published; run again"
+    )
+
+
+@contextmanager
+def _delta_errors(action: str) -> Iterator[None]:
+    """Say what failed; the store's own words, without its address book."""
+    try:
+        yield
+    except (CommitFailedError, TableNotFoundError):
+        raise
+    except (DeltaError, OSError, ValueError) as error:
+        if "already exists at that location" in str(error):  # two runs made the table
+            raise CommitFailedError(str(error)) from None
+        raise object_stores.error_of(error, action) from None
+
+
+def _num_rows(delta: DeltaTable) -> int:
+    return int(sum(pa.table(delta.get_add_actions(flatten=True))["num_records"].to_pylist()))
+
+
+def _app_id(run_id: str) -> str:
+    return f"belt/{run_id}"

@@ -1,0 +1,322 @@
+"""The lake: after any sequence of commits a table holds what a dictionary would, whoever reads it."""
+
+import json
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+
+import deltalake
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_contracts
+from belt_tasks import lake, storage
+from belt_tasks.errors import ConfigError, ConflictError, TransientError
+from belt_tasks.lake import Change, TableRef
+
+SCHEMA = data_contracts.arrow_schema("rejected")
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request, tmp_path):
+    """An empty place to publish to."""
+    return str(tmp_path / "lake") if request.param == "local" else request.getfixturevalue("s3_root")
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """A few rows a file and a row group, so that a small table has many."""
+    monkeypatch.setattr(lake, "FILE_ROWS", 8)
+    monkeypatch.setattr(lake, "ROW_GROUP_ROWS", 3)
+
+
+def table_at(root) -> TableRef:
+    return TableRef(
+        uri=storage.join(root, "tables", "rejected"), name="rejected", key="source_uri", order=("row_index",)
+    )
+
+
+def rows(content: Mapping[str, int], run_id: str) -> pa.Table:
+    """A key has as many rows as `content` says."""
+    values = [
+        {
+            "run_id": run_id,
+            "source_uri": key,
+            "row_index": i,
+            "doc_id": None,
+            "reason": "text_null",
+            "detail": f"{key} of {run_id}",
+        }
+        for key, number in sorted(content.items())
+        for i in range(number)
+    ]
+    return pa.Table.from_pylist(values, schema=SCHEMA)
+
+
+def write(root, content: Mapping[str, int], run_id: str, *, num_files=1) -> tuple[str, ...]:
+    uris = []
+    for i in range(num_files):
+        part = {key: number for j, (key, number) in enumerate(sorted(content.items())) if j % num_files == i}
+        uri = storage.join(root, "runs", run_id, f"{i}.parquet")
+        with storage.parquet_writer(uri, SCHEMA) as writer:
+            writer.write_table(rows(part, run_id), row_group_size=3)
+        uris.append(uri)
+    return tuple(uris)
+
+
+def read(table: TableRef, version=None) -> list[tuple]:
+    delta = table.load(version)
+    found = pl.concat(pl.DataFrame(storage.read_parquet(storage.join(table.uri, path))) for path in paths(delta))
+    return sorted(found.select("source_uri", "row_index", "run_id").iter_rows())
+
+
+def paths(delta):
+    return pa.table(delta.get_add_actions(flatten=True))["path"].to_pylist()
+
+
+def expected(content: Mapping[str, tuple[int, str]]) -> list[tuple]:
+    return sorted((key, i, run_id) for key, (number, run_id) in content.items() for i in range(number))
+
+
+KEYS = st.text(st.sampled_from("ab/é𝄞 "), min_size=1, max_size=4)
+CHANGES = st.lists(
+    st.tuples(
+        st.dictionaries(KEYS, st.integers(1, 5), max_size=12), st.frozensets(KEYS, max_size=6), st.integers(1, 3)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.mark.usefixtures("small_files")
+@given(changes=CHANGES)
+@settings(deadline=None)
+def test_a_table_holds_what_a_dictionary_would(tmp_path_factory, changes):
+    root = str(tmp_path_factory.mktemp("law"))
+    table, content, version = table_at(root), {}, None
+    for i, (new, removed, num_files) in enumerate(changes):
+        run_id = f"run{i}"
+        gone = removed - new.keys()
+        change = Change(new_uris=write(root, new, run_id, num_files=num_files), removed=gone)
+
+        committed = lake.commit(table, change, run_id=run_id, base_version=version)
+
+        content = {key: its for key, its in content.items() if key not in gone}
+        content |= {key: (number, run_id) for key, number in new.items()}
+        version = committed.version
+        assert (version, committed.reused) == (i, False)
+        assert committed.num_rows == len(expected(content))
+        if content:
+            assert read(table) == expected(content)
+        again = lake.commit(table, change, run_id=run_id, base_version=version)
+        assert (again.version, again.reused, again.num_files_written) == (version, True, 0)
+    check_order(table)
+
+
+def check_order(table: TableRef) -> None:
+    """Files are sorted, do not overlap, and say so."""
+    delta = table.load()
+    files = []
+    for file in pa.table(delta.get_add_actions(flatten=True)).to_pylist():
+        frame = pl.DataFrame(storage.read_parquet(storage.join(table.uri, file["path"])))
+        assert len(frame) == file["num_records"]
+        assert frame["source_uri"][0] == file["min.source_uri"]
+        assert frame["source_uri"][-1] == file["max.source_uri"]
+        assert frame.select("source_uri", "row_index").equals(frame.select("source_uri", "row_index").sort(pl.all()))
+        files.append((file["min.source_uri"], file["max.source_uri"]))
+    assert all(before[1] < after[0] for before, after in pairwise(sorted(files)))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_run_rewrites_only_files_whose_keys_it_touches(tmp_path):
+    table = table_at(str(tmp_path))
+    content = {f"k{i:03}": 1 for i in range(100)}
+    lake.commit(
+        table, Change(new_uris=write(str(tmp_path), content, "one", num_files=3)), run_id="one", base_version=None
+    )
+    before = set(paths(table.load()))
+    assert len(before) > 8
+
+    change = Change(new_uris=write(str(tmp_path), {"k050": 1}, "two"), removed=frozenset({"k051", "not there"}))
+    committed = lake.commit(table, change, run_id="two", base_version=0)
+
+    after = set(paths(table.load()))
+    assert len(before - after) <= 2
+    assert committed.num_files_written == len(after - before) <= 2
+    assert committed.num_rows == 99
+
+
+@pytest.mark.usefixtures("small_files")
+def test_every_reader_finds_the_same(root):
+    table = table_at(root)
+    lake.commit(
+        table, Change(new_uris=write(root, {f"k{i}": 2 for i in range(30)}, "one")), run_id="one", base_version=None
+    )
+    lake.commit(table, Change(new_uris=write(root, {"k7": 1}, "two")), run_id="two", base_version=0)
+    options = storage.delta_options(table.uri)
+
+    frames = [
+        pl.read_delta(table.uri, storage_options=options),
+        pl.DataFrame(deltalake.DeltaTable(table.uri, storage_options=options).to_pyarrow_dataset().to_table()),
+        pl.from_pandas(deltalake.DeltaTable(table.uri, storage_options=options).to_pandas()),
+    ]
+
+    for frame in frames:
+        assert sorted(frame.select("source_uri", "row_index", "run_id").iter_rows()) == read(table)
+        assert len(frame) == 59
+    assert len(pl.read_delta(table.uri, version=0, storage_options=options)) == 60
+
+
+def test_statistics_are_bounds_of_what_is_there():
+    schema = data_contracts.arrow_schema("runs")
+    values = {field.name: None for field in schema} | {
+        "run_id": "b" * 500,
+        "flow": "x" * 500,
+        "elapsed_s": 1.5,
+        "started_at": NOW,
+        "num_tokens": 7,
+    }
+    table = pa.Table.from_pylist([values], schema=pa.schema([field.with_nullable(True) for field in schema]))
+
+    found = lake._statistics(table, "run_id")
+
+    assert found["numRecords"] == 1
+    assert found["minValues"]["run_id"] == "b" * 500
+    assert "flow" not in found["minValues"]
+    assert found["minValues"]["num_tokens"] == found["maxValues"]["num_tokens"] == 7
+    assert datetime.fromisoformat(found["minValues"]["started_at"]) <= NOW
+    assert NOW <= datetime.fromisoformat(found["maxValues"]["started_at"]) <= NOW + timedelta(milliseconds=1)
+    assert found["nullCount"]["flow"] == 0
+    assert found["nullCount"]["corpus_uri"] == 1
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("rounds", [8])
+def test_of_runs_at_once_one_wins_and_the_others_are_told(root, rounds):
+    table = table_at(root)
+    content = {f"k{i}": 1 for i in range(5)}
+    lake.commit(table, Change(new_uris=write(root, content, "first")), run_id="first", base_version=None)
+    held = dict.fromkeys(content, (1, "first"))
+    for version in range(rounds):
+        names = [f"run{version}-{i}" for i in range(3)]
+        uris = {name: write(root, {"k1": 2, name: 1}, name) for name in names}
+        barrier = threading.Barrier(len(names))
+
+        def race(name, uris=uris, barrier=barrier, version=version):
+            barrier.wait()
+            try:
+                return lake.commit(table, Change(new_uris=uris[name]), run_id=name, base_version=version)
+            except ConflictError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(len(names)) as pool:
+            outcomes = dict(zip(names, pool.map(race, names), strict=True))
+
+        winners = [name for name, outcome in outcomes.items() if isinstance(outcome, lake.Committed)]
+        assert len(winners) == 1, outcomes
+        held |= {"k1": (2, winners[0]), winners[0]: (1, winners[0])}
+        assert read(table) == expected(held)
+        assert all("nothing of this run was published; run again" in o for n, o in outcomes.items() if n not in winners)
+
+
+def test_of_runs_that_make_a_table_one_wins(root):
+    table = table_at(root)
+    uris = {name: write(root, {name: 1}, name) for name in "abc"}
+    barrier = threading.Barrier(3)
+
+    def race(name):
+        barrier.wait()
+        try:
+            return lake.commit(table, Change(new_uris=uris[name]), run_id=name, base_version=None)
+        except ConflictError:
+            return None
+
+    with ThreadPoolExecutor(3) as pool:
+        outcomes = dict(zip("abc", pool.map(race, "abc"), strict=True))
+
+    (winner,) = [name for name, outcome in outcomes.items() if outcome is not None]
+    assert read(table) == [(winner, 0, winner)]
+    assert table.load().version() == 0
+
+
+def test_two_attempts_at_one_run_are_one_commit(root):
+    table = table_at(root)
+    uris = write(root, {"a": 1, "b": 2}, "one")
+    barrier = threading.Barrier(3)
+
+    def race(_):
+        barrier.wait()
+        return lake.commit(table, Change(new_uris=uris), run_id="one", base_version=None)
+
+    with ThreadPoolExecutor(3) as pool:
+        outcomes = list(pool.map(race, range(3)))
+
+    assert {outcome.version for outcome in outcomes} == {0}
+    assert read(table) == [("a", 0, "one"), ("b", 0, "one"), ("b", 1, "one")]
+
+
+def test_a_run_planned_on_another_version_changes_nothing(tmp_path):
+    table = table_at(str(tmp_path))
+    lake.commit(table, Change(new_uris=write(str(tmp_path), {"a": 1}, "one")), run_id="one", base_version=None)
+
+    for base in (None, 3):
+        with pytest.raises(ConflictError, match=r"at version 0 now; nothing of this run was published"):
+            lake.commit(table, Change(new_uris=write(str(tmp_path), {"b": 1}, "two")), run_id="two", base_version=base)
+
+    assert read(table) == [("a", 0, "one")]
+
+
+def test_an_error_before_the_commit_leaves_the_table_and_the_next_attempt_does_it(tmp_path, monkeypatch):
+    table = table_at(str(tmp_path))
+    lake.commit(table, Change(new_uris=write(str(tmp_path), {"a": 1, "b": 1}, "one")), run_id="one", base_version=None)
+    change = Change(new_uris=write(str(tmp_path), {"b": 2, "c": 1}, "two"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lake, "_commit", lambda *_: (_ for _ in ()).throw(TransientError("the line is cut")))
+        with pytest.raises(TransientError):
+            lake.commit(table, change, run_id="two", base_version=0)
+    assert read(table) == [("a", 0, "one"), ("b", 0, "one")]
+
+    lake.commit(table, change, run_id="two", base_version=0)
+    assert read(table) == [("a", 0, "one"), ("b", 0, "two"), ("b", 1, "two"), ("c", 0, "two")]
+
+
+def test_an_answer_that_is_lost_is_found_out(tmp_path, monkeypatch):
+    """The commit is there, its confirmation is not: the next attempt sees it and adds nothing."""
+    table = table_at(str(tmp_path))
+    change = Change(new_uris=write(str(tmp_path), {"a": 1}, "one"))
+    really = lake._commit
+
+    def lose(*arguments):
+        really(*arguments)
+        raise TransientError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lake, "_commit", lose)
+        with pytest.raises(TransientError):
+            lake.commit(table, change, run_id="one", base_version=None)
+
+    assert lake.commit(table, change, run_id="one", base_version=None).reused
+    assert read(table) == [("a", 0, "one")]
+
+
+def test_a_place_that_delta_lake_cannot_write_is_named():
+    with pytest.raises(ConfigError, match="tables are published to local paths and to abfs, gs, s3, got memory://"):
+        table_at("memory://somewhere").load()
+
+
+def test_history_says_which_run_made_what(tmp_path):
+    table = table_at(str(tmp_path))
+    for i, name in enumerate(("one", "two")):
+        uris = write(str(tmp_path), {name: 1}, name)
+        lake.commit(table, Change(new_uris=uris), run_id=name, base_version=i - 1 if i else None)
+
+    assert [entry["belt.run_id"] for entry in table.load().history()] == ["two", "one"]
+    assert read(table, version=0) == [("one", 0, "one")]
