@@ -3,8 +3,8 @@
 A table is sorted by its key, and the key ranges of its files do not overlap: a lookup opens one file. A run rewrites
 only the files whose keys it touches (copy on write), a range at a time, so memory depends on no table's size.
 
-A commit names the run, and a run that has committed is not committed again. A commit happens only on the version of the
-table that the run was planned on: of two runs at once, one wins and the other is told.
+A commit names the run, and a plan that has been committed is not committed again. A commit happens only on the version
+of the table that the run was planned on: of two runs at once, one wins and the other is told.
 """
 
 import json
@@ -19,7 +19,6 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.schema import Schema
@@ -32,7 +31,8 @@ from belt_tasks.sorted_files import SortedFile
 
 FILE_ROWS = 250_000
 """Rows of a file, about; some 20 MB of predictions."""
-ROW_GROUP_ROWS = 16_384
+RUN_ID = "belt.run_id"  # in a commit's metadata
+MOST_HISTORY = 100  # commits looked back for one of belt's; there are others where someone maintains the table
 MOST_CHARACTERS = 128  # longer strings are no use as bounds; the key's are always whole
 
 TABLE_PROPERTIES = {
@@ -74,6 +74,8 @@ class Change:
     """Parquet files of the table's columns, each sorted by the key."""
     removed: frozenset[str] = frozenset()
     """Keys without new rows whose rows go."""
+    replaces_all: bool = False
+    """Whether all rows of other keys go too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class Committed:
 
 
 def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | None) -> Committed:
-    """Change a table by one commit, unless this run has done so before.
+    """Change a table by one commit, unless this run did so since that version, or is what the table shows.
 
     Args:
         table: what to change; it is made where it is not there.
@@ -103,7 +105,7 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
         TransientError: the store did not answer; whether it was changed is found out by the next attempt.
     """
     delta = table.load()
-    if delta is not None and is_committed(delta, run_id):
+    if delta is not None and _is_committed(delta, run_id, base_version):
         return Committed(version=delta.version(), num_rows=_num_rows(delta), num_files_written=0, reused=True)
     version = None if delta is None else delta.version()
     if version != base_version:
@@ -113,6 +115,8 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
     new = [SortedFile.read(uri, table.key) for uri in change.new_uris]
     adds: list[AddAction] = []
     removes: list[RemoveAction] = []
+    if change.replaces_all:
+        removes, old = [file.remove_action() for file in old], []
     for group in _groups(old, table.uri):
         new_here = [part for each in new if (part := each.within(group.lower, group.upper)).row_groups]
         removed_here = frozenset(key for key in change.removed if group.owns(key))
@@ -122,14 +126,27 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
         removes += [file.remove_action() for file in group.files]
     _commit(table, delta, schema, adds, removes, run_id)
     after = table.load()
-    if after is None or not is_committed(after, run_id):
+    if after is None or not _is_committed(after, run_id, base_version):
         raise TransientError(f"cannot see what was committed to {table.uri}")
     return Committed(version=after.version(), num_rows=_num_rows(after), num_files_written=len(adds), reused=False)
 
 
-def is_committed(delta: DeltaTable, run_id: str) -> bool:
-    """Whether a run has changed this table."""
-    return delta.transaction_version(_app_id(run_id)) is not None
+def shown_run(delta: DeltaTable) -> str | None:
+    """The run that the table shows: the last one that changed it."""
+    for entry in delta.history(MOST_HISTORY):
+        if RUN_ID in entry:
+            return str(entry[RUN_ID])
+    return None
+
+
+def _is_committed(delta: DeltaTable, run_id: str, base_version: int | None) -> bool:
+    """Whether a run has changed the table since a version, or is what it shows."""
+    made = delta.transaction_version(_app_id(run_id))
+    return made is not None and (made > _number(base_version) or shown_run(delta) == run_id)
+
+
+def _number(version: int | None) -> int:
+    return -1 if version is None else version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +234,7 @@ def _rewrite(
             kept[table.key], pa.concat_arrays([*fresh[table.key].chunks, pa.array(sorted(removed), pa.string())])
         )
         rows = pa.concat_tables([kept.filter(pc.invert(gone)), fresh])
-        rows = rows.sort_by([(name, "ascending") for name in (table.key, *table.order)])
+        rows = rows.sort_by([(table.key, "ascending")])
         adds += [_write(table, part, run_id) for part in sorted_files.parts(rows, table.key, num_rows=FILE_ROWS)]
     return adds
 
@@ -225,11 +242,7 @@ def _rewrite(
 def _write(table: TableRef, rows: pa.Table, run_id: str) -> AddAction:
     path = f"{run_id}-{uuid.uuid4().hex}.parquet"  # never written twice, not even by two attempts at one run
     uri = storage.join(table.uri, path)
-    names = [table.key, *table.order]
-    with storage.parquet_writer(
-        uri, rows.schema, sorting=[pq.SortingColumn(rows.schema.names.index(name)) for name in names]
-    ) as writer:
-        writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+    sorted_files.write_sorted(uri, rows, by=[table.key, *table.order])
     return AddAction(
         path=path,
         size=storage.num_bytes(uri),
@@ -275,10 +288,11 @@ def _commit(
     removes: list[RemoveAction],
     run_id: str,
 ) -> None:
+    base = None if delta is None else delta.version()
     properties = CommitProperties(
-        custom_metadata={"belt.run_id": run_id},
+        custom_metadata={RUN_ID: run_id},
         max_commit_retries=0,
-        app_transactions=[Transaction(_app_id(run_id), 1)],
+        app_transactions=[Transaction(_app_id(run_id), _number(base) + 1)],
     )
     try:
         with _delta_errors(f"write {table.uri}"):
@@ -301,9 +315,8 @@ def _commit(
                 )
     except CommitFailedError as error:
         now = table.load()
-        if now is not None and is_committed(now, run_id):  # another attempt at this run was quicker
+        if now is not None and _is_committed(now, run_id, base):  # another attempt at this run was quicker
             return
-        base = None if delta is None else delta.version()
         raise ConflictError(_conflict(table, base, None if now is None else now.version())) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import corpus as corpora
-from belt_tasks import encoder, progress, scoring, storage, training_set
+from belt_tasks import encoder, progress, score_tables, scoring, storage, training_set
 from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, read_manifest, run_id_of
@@ -30,6 +30,8 @@ class ScorePlan(Spec):
     device: str
     """Its name."""
     duplicates_uri: str | None
+    base_version: int | None
+    """The version of the predictions table that the run is planned on; None where there is no table."""
 
     def run_row(self, corpus_uri: str) -> dict[str, str | None]:
         """What the run's row of the `runs` table says of this plan."""
@@ -106,6 +108,7 @@ def plan_scoring(
         labels=checkpoint.head.labels,
         device=encoder.device_name(device),
         duplicates_uri=_write_duplicates(run, shards, corpus),
+        base_version=score_tables.shown_version(run.output_uri),
     )
 
 

@@ -23,12 +23,15 @@ import pyarrow.parquet as pq
 import pydantic
 
 import data_contracts
-from belt_tasks import storage
+from belt_tasks import sorted_files, storage
 from belt_tasks.corpus import ShardRef
 from belt_tasks.cost import peak_flops
 from belt_tasks.errors import ConfigError, ContractError
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
 from belt_tasks.specs import CorpusSpec, Spec
+
+SORTED_BY = {"predictions": ["doc_id"]}
+"""Tables whose objects are sorted, since a run's are merged into a published table."""
 
 
 class RunRef(Spec):
@@ -143,6 +146,9 @@ class ShardWriter:
 
     def _open(self, stack: ExitStack, name: str) -> pq.ParquetWriter:
         uri = storage.join(self._run.output_uri, self._run.path_of(name, self._shard.key))
+        if name in SORTED_BY:
+            schema = data_contracts.arrow_schema(name)
+            return stack.enter_context(sorted_files.sorted_writer(uri, schema, by=SORTED_BY[name]))
         return stack.enter_context(storage.parquet_writer(uri, data_contracts.arrow_schema(name)))
 
     def _write(self, name: str, table: pa.Table) -> None:

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 
-from belt_tasks import planning, publishing, shard_scoring
+from belt_tasks import planning, publishing, score_tables, shard_scoring
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 
@@ -26,6 +26,7 @@ def score_corpus(
     Raises:
         ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
         ShardError: a shard cannot be read; nothing is published.
+        ConflictError: another run was published meanwhile; this one is complete, and is published when asked for again.
     """
     started_at = datetime.now(UTC)
     plan = planning.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
@@ -42,4 +43,6 @@ def score_corpus(
         for shard in plan.shards
     ]
     row = plan.run_row(corpus_uri)
-    return publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=started_at)
+    manifest = publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=started_at)
+    score_tables.publish_tables(plan.run, manifest, base_version=plan.base_version)
+    return manifest

@@ -1,15 +1,20 @@
 """Sorted files: Parquet sorted by a key, read and cut by ranges of it, so that any number of rows fits in memory."""
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from belt_tasks import storage
 
+ROW_GROUP_ROWS = 16_384
 RowGroup = tuple[int, str, str, int]
 """Index, first key, last key, number of rows."""
 
@@ -35,8 +40,8 @@ class SortedFile:
                 if group.num_rows and statistics is not None and statistics.has_min_max:
                     groups.append((i, str(statistics.min), str(statistics.max), group.num_rows))
                 elif group.num_rows:
-                    keys = parquet.read_row_group(i, columns=[key])[key]
-                    groups.append((i, keys[0].as_py(), keys[-1].as_py(), group.num_rows))
+                    bounds = pc.min_max(parquet.read_row_group(i, columns=[key])[key])
+                    groups.append((i, bounds["min"].as_py(), bounds["max"].as_py(), group.num_rows))
         return cls(uri=uri, key=key, row_groups=tuple(groups))
 
     def within(self, lower: str | None, upper: str | None) -> Self:
@@ -64,6 +69,27 @@ class SortedFile:
         if lower is not None:
             table = table.filter(pc.greater_equal(keys, lower))
         return table if upper is None else table.filter(pc.less(table[self.key], upper))
+
+
+@contextmanager
+def sorted_writer(uri: str, schema: pa.Schema, *, by: Sequence[str]) -> Iterator[pq.ParquetWriter]:
+    """A writer of rows in any order; the object has them sorted, and appears when the block ends well.
+
+    The rows are in memory once, at the end: for what a shard gives.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        unsorted = Path(folder) / "unsorted.parquet"
+        with pq.ParquetWriter(unsorted, schema, compression="none") as writer:
+            yield writer
+        write_sorted(uri, pq.read_table(unsorted, schema=schema), by=by)
+
+
+def write_sorted(uri: str, rows: pa.Table, *, by: Sequence[str]) -> None:
+    """Sort rows and put them as one object, whose row groups a reader can skip by key."""
+    rows = rows.sort_by([(name, "ascending") for name in by])
+    sorting = [pq.SortingColumn(rows.schema.names.index(name)) for name in by]
+    with storage.parquet_writer(uri, rows.schema, sorting=sorting) as writer:
+        writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
 
 
 def ranges(

@@ -63,6 +63,8 @@ def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
         f"- manifest: `{storage.join(run['output_uri'], 'runs', run['run_id'], 'manifest.json')}`",
     ]
     tables = sorted({file.table for file in manifest.files})
+    if run["flow"] == "score":
+        lines.append(f"- published tables: `{storage.join(run['output_uri'], 'tables')}` (Delta Lake)")
     lines += [f"- {table}: `{_pattern(run, table)}`" for table in tables]
     return "\n".join(lines) + "\n"
 

@@ -54,5 +54,6 @@ def score(
             labels=plan.labels,
             started_at=started_at,
         )
+    tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
     create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="score-summary")
     return manifest

@@ -23,6 +23,7 @@ from belt_tasks import (
     planning,
     progress,
     publishing,
+    score_tables,
     shard_scoring,
     training_set,
 )
@@ -70,6 +71,7 @@ evaluate_run = bind(evaluation.evaluate_run)
 republish = bind(publishing.republish)
 republish_fine_tuning = bind(fine_tuning.republish)
 publish = bind(publishing.publish)
+publish_tables = bind(score_tables.publish_tables)
 
 write_demo_corpus = bind(demo.write_demo_corpus)
 read_back = bind(demo.read_back)

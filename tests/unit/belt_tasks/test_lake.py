@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_contracts
-from belt_tasks import lake, storage
+from belt_tasks import lake, sorted_files, storage
 from belt_tasks.errors import ConfigError, ConflictError, TransientError
 from belt_tasks.lake import Change, TableRef
 
@@ -34,7 +34,7 @@ def root(request, tmp_path):
 def small_files(monkeypatch):
     """A few rows a file and a row group, so that a small table has many."""
     monkeypatch.setattr(lake, "FILE_ROWS", 8)
-    monkeypatch.setattr(lake, "ROW_GROUP_ROWS", 3)
+    monkeypatch.setattr(sorted_files, "ROW_GROUP_ROWS", 3)
 
 
 def table_at(root) -> TableRef:
@@ -271,6 +271,22 @@ def test_a_run_planned_on_another_version_changes_nothing(tmp_path):
             lake.commit(table, Change(new_uris=write(str(tmp_path), {"b": 1}, "two")), run_id="two", base_version=base)
 
     assert read(table) == [("a", 0, "one")]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_run_may_come_back_after_another(tmp_path):
+    """An older checkpoint is put back: its run is complete, the table shows another's."""
+    table, root = table_at(str(tmp_path)), str(tmp_path)
+    contents = {"one": {f"k{i}": 1 for i in range(30)}, "two": {f"k{i}": 2 for i in range(20, 40)}}
+    for version, name in enumerate(("one", "two", "one", "two")):
+        change = Change(new_uris=write(root, contents[name], name), replaces_all=True)
+        base = version - 1 if version else None
+
+        assert lake.commit(table, change, run_id=name, base_version=base).version == version
+        assert lake.commit(table, change, run_id=name, base_version=base).reused  # the plan again
+        assert lake.commit(table, change, run_id=name, base_version=version).reused  # planned again, and shown
+        assert read(table) == expected({key: (number, name) for key, number in contents[name].items()})
+        assert lake.shown_run(table.load()) == name
 
 
 def test_an_error_before_the_commit_leaves_the_table_and_the_next_attempt_does_it(tmp_path, monkeypatch):

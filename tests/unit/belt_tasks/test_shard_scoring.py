@@ -140,9 +140,15 @@ def score(shards, run, checkpoint_uri, spec=CPU, *, columns=CorpusSpec()):  # no
 
 
 def table(run, receipts, name="predictions"):
-    """Rows that were written, in the order of shards."""
+    """Rows that were written, in the order of shards; predictions, which a shard sorts, in the corpus's order again."""
     files = [storage.join(run.output_uri, file.path) for receipt in receipts for file in receipt.files_of(name)]
-    return pl.DataFrame(pa.concat_tables([storage.read_parquet(uri) for uri in files]))
+    frame = pl.DataFrame(pa.concat_tables([storage.read_parquet(uri) for uri in files]))
+    if name != "predictions":
+        return frame
+    for uri in files:
+        found = storage.read_parquet(uri)["doc_id"].to_pylist()
+        assert found == sorted(found)
+    return frame.sort(pl.col("doc_id").str.extract(r"(\d+)$").cast(pl.Int64), maintain_order=True)
 
 
 def load(checkpoint_uri):

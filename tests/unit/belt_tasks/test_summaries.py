@@ -71,6 +71,7 @@ def test_run_summary():
         "",
         "- output: `s3://bucket/out`",
         "- manifest: `s3://bucket/out/runs/0123456789abcdef/manifest.json`",
+        "- published tables: `s3://bucket/out/tables` (Delta Lake)",
         "- predictions: `s3://bucket/out/runs/0123456789abcdef/predictions/*.parquet`",
         "- rejected: `s3://bucket/out/runs/0123456789abcdef/rejected/*.parquet`",
     ]
