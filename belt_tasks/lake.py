@@ -139,6 +139,41 @@ def shown_run(delta: DeltaTable) -> str | None:
     return None
 
 
+def versions_by_run(table: TableRef) -> dict[str, int]:
+    """The runs that a table has shown, the present one first, each with the last version that shows it."""
+    delta = table.load()
+    versions: dict[str, int] = {}
+    for entry in [] if delta is None else delta.history():
+        if RUN_ID in entry:
+            versions.setdefault(str(entry[RUN_ID]), int(entry["version"]))
+    return versions
+
+
+def restore(table: TableRef, version: int, *, run_id: str) -> int:
+    """Show an earlier version again, by a new commit; returns that commit's version.
+
+    Args:
+        table: what to change.
+        version: what to show.
+        run_id: the run that this version shows.
+
+    Raises:
+        ConflictError: a run changed the table at the same moment; nothing was restored.
+        ConfigError: files of that version were removed since.
+    """
+    delta = table.load()
+    if delta is None:
+        raise ConfigError(f"{table.uri}: no table is there")
+    properties = CommitProperties(custom_metadata={RUN_ID: run_id}, max_commit_retries=0)
+    try:
+        with _delta_errors(f"restore version {version} of {table.uri}"):
+            delta.restore(version, commit_properties=properties)
+    except CommitFailedError as error:
+        raise ConflictError(f"{table.uri}: a run changed the table at this moment; nothing was restored") from error
+    now = table.load()
+    return version if now is None else now.version()
+
+
 def _is_committed(delta: DeltaTable, run_id: str, base_version: int | None) -> bool:
     """Whether a run has changed the table since a version, or is what it shows."""
     made = delta.transaction_version(_app_id(run_id))

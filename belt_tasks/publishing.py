@@ -219,6 +219,15 @@ def republish(run: RunRef) -> Manifest | None:
     return manifest
 
 
+def read_run_manifest(run: RunRef) -> Manifest:
+    """The manifest of a complete run.
+
+    Raises:
+        ConfigError: it is not complete, or not a run of this belt.
+    """
+    return _read_manifest(run.manifest_uri)
+
+
 def read_manifest(output_uri: str) -> Manifest:
     """The manifest of the published run.
 
@@ -228,6 +237,10 @@ def read_manifest(output_uri: str) -> Manifest:
     uri = storage.join(output_uri, "published.json")
     if not storage.exists(uri):
         raise ConfigError(f"{output_uri}: nothing is published there (no published.json)")
+    return _read_manifest(uri)
+
+
+def _read_manifest(uri: str) -> Manifest:
     try:
         return Manifest.model_validate_json(storage.read_bytes(uri))
     except pydantic.ValidationError as error:

@@ -1,6 +1,7 @@
 """Summaries: what a run did, as Markdown for people. The same text is a Prefect artifact and the CLI's last words."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,6 +10,7 @@ from belt_tasks.demo import ReadBack
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.publishing import Manifest
+from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
 
 STAGES = ("read", "tokenize", "encode", "write")
@@ -109,6 +111,35 @@ def evaluation_summary(receipt: EvaluationReceipt) -> str:
         lines.append(f"- labels put aside: {_rejected(count, receipt.rejected_by_reason)}")
     lines += [f"- all metrics: `{receipt.metrics_uri}`", *[f"- plot: `{uri}`" for uri in receipt.plot_uris]]
     return "\n".join(lines) + "\n"
+
+
+def runs_summary(runs: Sequence[RunSummary]) -> str:
+    """The runs of an output, one a line."""
+    rows = [
+        [
+            run.run_id,
+            run.state,
+            run.flow or "",
+            "" if run.started_at is None else f"{run.started_at:%Y-%m-%d %H:%M}",
+            _count(run.num_shards),
+            *("" if number is None else _count(number) for number in (run.num_documents, run.num_rejected)),
+            "" if run.elapsed_s is None else _seconds(run.elapsed_s),
+            "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+        ]
+        for run in runs
+    ]
+    header = [
+        "run",
+        "state",
+        "flow",
+        "started (UTC)",
+        "shards",
+        "documents",
+        "rejected",
+        "wall clock",
+        "tokens per second",
+    ]
+    return "\n".join(_table(header, rows)) + "\n"
 
 
 def demo_summary(

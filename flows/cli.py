@@ -281,6 +281,30 @@ def windows(
 
 
 @app.command()
+def runs(output: Annotated[str, typer.Argument(help="Output of earlier commands; any fsspec URL.")]) -> None:
+    """List the runs of OUTPUT: which one readers see, what each did and cost, and which did not finish."""
+    with _user_errors():
+        from belt_tasks import run_list, summaries  # noqa: PLC0415 - imports torch
+
+        _print(summaries.runs_summary(run_list.list_runs(output)))
+
+
+@app.command()
+def rollback(
+    output: Annotated[str, typer.Argument(help="Output of `belt score`; any fsspec URL.")],
+    run: Annotated[
+        str | None, typer.Option(help="The run to show again; without it the one shown before.", metavar="<str>")
+    ] = None,
+) -> None:
+    """Show an earlier run's predictions again, by one commit; nothing is lost, and the next run publishes as ever."""
+    with _user_errors():
+        from belt_tasks import run_list  # noqa: PLC0415 - imports torch
+
+        done = run_list.roll_back(output, run)
+        _print(f"Readers see run {done.run_id} again instead of {done.from_run_id} (version {done.version}).")
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Directory for the corpus and all results.")] = ".belt/demo",
 ) -> None:

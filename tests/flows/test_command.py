@@ -66,6 +66,17 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     assert code == 0
     assert "This run was complete already: nothing was done again." in again
 
+    before = publishing.read_manifest(str(tmp_path / "scored")).run["run_id"]
+    code, _, _ = belt(*arguments[:-1], 20)
+    assert code == 0
+    code, said, _ = belt("rollback", tmp_path / "scored")
+    assert (code, said.splitlines()[0].split(" again ")[0]) == (0, f"Readers see run {before}")
+    code, listed, _ = belt("runs", tmp_path / "scored")
+    assert code == 0
+    assert f"| {before} | shown | score |" in listed
+    code, _, said = belt("rollback", tmp_path / "nowhere")
+    assert (code, said) == (1, f"Error: {tmp_path / 'nowhere'}: nothing was published there\n")
+
 
 def test_config_alone_and_overridden(labelled_corpus, tiny_checkpoint, tmp_path):
     config = tmp_path / "c.yaml"

@@ -40,7 +40,7 @@ def options_of(command: str) -> set[str]:
 
 
 def test_commands():
-    assert set(COMMANDS) == {"score", "fine-tune", "evaluate", "demo", "windows", "chunk"}
+    assert set(COMMANDS) == {"score", "fine-tune", "evaluate", "demo", "windows", "chunk", "runs", "rollback"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

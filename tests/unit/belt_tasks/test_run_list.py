@@ -1,0 +1,112 @@
+"""The runs of an output are listed with how far they came, and a bad night is rolled back by one commit."""
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from belt_tasks import planning, publishing, score_tables, shard_scoring, storage, summaries
+from belt_tasks.errors import ConfigError
+from belt_tasks.run_list import list_runs, roll_back
+from belt_tasks.score_corpus import score_corpus
+from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
+
+
+def spec(size: int) -> ScoreSpec:
+    return ScoreSpec(chunks=ChunkSpec(chunk_size=size, stride=size))
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request, tmp_path) -> str:
+    """An empty place to publish to."""
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3_root")
+
+
+@pytest.fixture
+def corpus(tmp_path) -> str:
+    """Two files of five documents."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(2):
+        texts = ["the quick brown fox", None, "the lazy dog", "it sleeps", ""]
+        pl.DataFrame({"doc_id": [f"{i}-{j}" for j in range(5)], "text": texts}).write_parquet(folder / f"{i}.parquet")
+    return str(folder)
+
+
+def read(output: str, name: str) -> pl.DataFrame:
+    uri = score_tables.table_at(output, name).uri
+    return pl.read_delta(uri, storage_options=storage.delta_options(uri))
+
+
+def states(output: str) -> dict[str, str]:
+    return {run.run_id: run.state for run in list_runs(output)}
+
+
+def test_runs_are_listed_with_their_state_and_cost(corpus, tiny_checkpoint, output):
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=spec(30)).run
+    second = score_corpus(corpus, tiny_checkpoint, output, spec=spec(20)).run
+    plan = planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), spec(10))
+    shard_scoring.score_shard(
+        plan.shards[0],
+        CorpusSpec(),
+        plan.spec,
+        run=plan.run,
+        checkpoint_uri=plan.checkpoint_uri,
+        checkpoint_digest=plan.checkpoint_digest,
+        duplicates_uri=plan.duplicates_uri,
+    )
+
+    runs = list_runs(output)
+
+    assert [(run.run_id, run.state, run.num_shards) for run in runs] == [
+        (second["run_id"], "shown", 2),
+        (first["run_id"], "complete", 2),
+        (plan.run.run_id, "unfinished", 1),
+    ]
+    assert (runs[0].num_documents, runs[0].num_rejected, runs[0].elapsed_s) == (8, 2, second["elapsed_s"])
+    told = summaries.runs_summary(runs).splitlines()
+    assert told[2].startswith(f"| {second['run_id']} | shown | score | 20")
+    assert told[4] == f"| {plan.run.run_id} | unfinished |  |  | 1 |  |  |  |  |"
+
+
+def test_rolling_back_shows_what_was_shown_and_again_undoes_it(corpus, tiny_checkpoint, output):
+    first, second = (score_corpus(corpus, tiny_checkpoint, output, spec=spec(size)).run["run_id"] for size in (30, 20))
+    bad = {name: read(output, name) for name in ("predictions", "rejected")}
+    assert set(bad["predictions"]["run_id"]) == {second}
+
+    done = roll_back(output)
+
+    assert (done.run_id, done.from_run_id, done.version) == (first, second, 2)
+    assert states(output) == {first: "shown", second: "complete"}
+    assert set(read(output, "predictions")["run_id"]) == set(read(output, "rejected")["run_id"]) == {first}
+    assert publishing.read_manifest(output).run["run_id"] == first
+    assert len(read(output, "runs")) == 2
+
+    assert roll_back(output).run_id == second
+    for name, before in bad.items():
+        assert_frame_equal(read(output, name), before)
+
+
+def test_a_run_by_name_and_the_next_night_after_a_rollback(corpus, tiny_checkpoint, output):
+    names = [score_corpus(corpus, tiny_checkpoint, output, spec=spec(size)).run["run_id"] for size in (30, 20, 10)]
+
+    assert roll_back(output, names[0]).from_run_id == names[2]
+    assert set(read(output, "predictions")["run_id"]) == {names[0]}
+
+    score_corpus(corpus, tiny_checkpoint, output, spec=spec(10))
+    assert set(read(output, "predictions")["run_id"]) == {names[2]}
+    assert states(output)[names[2]] == "shown"
+
+
+def test_what_cannot_be_rolled_back_is_said(corpus, tiny_checkpoint, output):
+    with pytest.raises(ConfigError, match="no run has written there"):
+        list_runs(output)
+    with pytest.raises(ConfigError, match="nothing was published there"):
+        roll_back(output)
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=spec(30)).run["run_id"]
+    with pytest.raises(ConfigError, match=f"run {first} is the only one that was ever shown"):
+        roll_back(output)
+    second = score_corpus(corpus, tiny_checkpoint, output, spec=spec(20)).run["run_id"]
+    with pytest.raises(ConfigError, match=f"run {second} is what is shown"):
+        roll_back(output, second)
+    with pytest.raises(ConfigError, match=f"run must be one that was shown: {first}; got 'nonsense'"):
+        roll_back(output, "nonsense")
