@@ -4,6 +4,7 @@
     ├── ConfigError      stop: a person has to change a parameter, a path or the environment
     ├── ShardError       set this shard aside and go on with the others
     │   └── ContractError    rows do not satisfy their data contract
+    ├── RejectedError    stop: a person has to look at the corpus
     ├── ConflictError    another run was first: plan again
     └── TransientError   try again: a time-out, a dropped connection
 
@@ -25,6 +26,10 @@ class ShardError(BeltError):
 
 class ContractError(ShardError):
     """Rows do not satisfy their data contract."""
+
+
+class RejectedError(BeltError):
+    """More rows of the corpus were put aside than the run allows; nothing was published."""
 
 
 class ConflictError(BeltError):

@@ -26,7 +26,7 @@ import data_contracts
 from belt_tasks import sorted_files, storage
 from belt_tasks.corpus import ShardRef
 from belt_tasks.cost import peak_flops
-from belt_tasks.errors import ConfigError, ContractError
+from belt_tasks.errors import ConfigError, ContractError, RejectedError
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
 from belt_tasks.specs import CorpusSpec, Spec
 
@@ -177,6 +177,7 @@ def publish(
     row: dict[str, Any],
     labels: tuple[str, ...],
     started_at: datetime,
+    max_rejected_share: float = 1.0,
 ) -> Manifest:
     """Make a run visible: check its row, write the manifest, and point readers of the output to it.
 
@@ -186,10 +187,13 @@ def publish(
         row: columns of the runs contract that the counts do not give: flow, corpus_uri, spec, and so on.
         labels: label names in the order of scores.
         started_at: when it began.
+        max_rejected_share: share of rejected rows above which nothing is published.
 
     Raises:
         ContractError: the row does not satisfy the runs contract.
+        RejectedError: too many rows were rejected; the finished shards are kept.
     """
+    _check_share(run, total(receipts), max_rejected_share)
     manifest = Manifest(
         run=_run_row(run, receipts, row, started_at),
         labels=labels,
@@ -260,6 +264,17 @@ def read_table(output_uri: str, table: str, *, columns: list[str] | None = None)
         raise ConfigError(f"{output_uri}: table must be one of {', '.join(names)}, got {table!r}")
     tables = [storage.read_parquet(uri, columns=columns) for uri in uris]
     return pl.DataFrame(pa.concat_tables(tables))
+
+
+def _check_share(run: RunRef, counts: Counts, limit: float) -> None:
+    num_rows = counts.num_documents + counts.num_rejected
+    if counts.num_rejected > limit * num_rows:
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.rejected_by_reason.items()))
+        raise RejectedError(
+            f"{counts.num_rejected:,} of {num_rows:,} rows ({counts.num_rejected / num_rows:.1%}) were rejected, more "
+            f"than max_rejected_share allows ({limit:.1%}): {reasons}; nothing was published. They are in "
+            f"{storage.join(run.uri, 'rejected')}; mend the corpus, or allow more and run again; nothing is done twice"
+        )
 
 
 def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], started_at: datetime) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def score_corpus(
     Raises:
         ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
         ShardError: a shard cannot be read; nothing is published.
+        RejectedError: too many rows were put aside; nothing is published.
         ConflictError: another run was published meanwhile; this one is complete, and is published when asked for again.
     """
     started_at = datetime.now(UTC)
@@ -43,6 +44,13 @@ def score_corpus(
         for shard in plan.shards
     ]
     row = plan.run_row(corpus_uri)
-    manifest = publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=started_at)
+    manifest = publishing.publish(
+        plan.run,
+        receipts,
+        row=row,
+        labels=plan.labels,
+        started_at=started_at,
+        max_rejected_share=plan.spec.max_rejected_share,
+    )
     score_tables.publish_tables(plan.run, manifest, base_version=plan.base_version)
     return manifest

@@ -159,6 +159,9 @@ class ScoreSpec(Spec):
     threshold: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Probability from which a multilabel document carries a label."""
 
+    max_rejected_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of rows put aside above which nothing is published, since something is wrong with the corpus."""
+
 
 class TrainSpec(Spec):
     """How an encoder is fine-tuned."""

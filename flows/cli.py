@@ -34,6 +34,7 @@ from flows.options import (
     LabelColumn,
     MaxBatchTokens,
     MaximalTextLength,
+    MaxRejectedShare,
     MinimalChunkLength,
     NumRandomChunks,
     Output,
@@ -112,6 +113,7 @@ def score(
     device: Device = None,
     precision: ScorePrecision = None,
     threshold: Threshold = None,
+    max_rejected_share: MaxRejectedShare = None,
     storage_block: StorageBlock = None,
 ) -> None:
     """Score every document of CORPUS and publish the predictions. Windows and pooling default to the checkpoint's."""
@@ -152,6 +154,7 @@ def evaluate(
     device: Device = None,
     precision: ScorePrecision = None,
     threshold: Threshold = None,
+    max_rejected_share: MaxRejectedShare = None,
     storage_block: StorageBlock = None,
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""

@@ -92,6 +92,7 @@ MaxBatchTokens = Annotated[str | None, option(specs.BatchSpec, "max_batch_tokens
 Device = Annotated[str | None, option(specs.ScoreSpec, "device")]
 ScorePrecision = Annotated[str | None, option(specs.ScoreSpec, "precision", default="what suits the device")]
 Threshold = Annotated[str | None, option(specs.ScoreSpec, "threshold")]
+MaxRejectedShare = Annotated[str | None, option(specs.ScoreSpec, "max_rejected_share")]
 
 # scoring takes from the checkpoint what is left out
 OWN = "the checkpoint's"

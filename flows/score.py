@@ -53,6 +53,7 @@ def score(
             row=plan.run_row(corpus_uri),
             labels=plan.labels,
             started_at=started_at,
+            max_rejected_share=plan.spec.max_rejected_share,
         )
     tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
     create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="score-summary")

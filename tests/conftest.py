@@ -22,6 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 # tiny models gain nothing from threads, and lose a lot where threads wait for each other on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -34,6 +35,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from belt_tasks import object_stores
 from tests.s3_server import BUCKET, S3Server
 from tests.s3_server import s3_server as run_s3_server
+
+# how long an example takes is the machine's affair
+hypothesis.settings.register_profile("belt", deadline=None)
+hypothesis.settings.load_profile("belt")
 
 FAMILIES = ("bert", "roberta", "distilbert", "mpnet", "modernbert")
 NUM_POSITIONS = 64

@@ -81,7 +81,8 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
 def test_config_alone_and_overridden(labelled_corpus, tiny_checkpoint, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(
-        "corpus: {split_column: split, split: test}\nspec: {chunks: {chunk_size: 20, stride: 20}, threshold: 0.7}\n"
+        "corpus: {split_column: split, split: test}\nspec: {chunks: {chunk_size: 20, stride: 20}, threshold: 0.7,"
+        " max_rejected_share: 0.2}\n"
     )
     arguments = ["score", labelled_corpus, "--checkpoint", tiny_checkpoint, "--config", config]
 

@@ -177,7 +177,8 @@ def test_evaluate(fine_tuned, client, labelled_corpus, tmp_path):
     _, model = fine_tuned
     test_split = CorpusSpec(split_column="split", split="test")
 
-    state = evaluate(labelled_corpus, model, str(tmp_path), test_split, return_state=True)
+    spec = ScoreSpec(max_rejected_share=0.2)  # one of eight
+    state = evaluate(labelled_corpus, model, str(tmp_path), test_split, spec, return_state=True)
 
     assert state.is_completed()
     manifest, receipt = state.result()

@@ -37,7 +37,7 @@ def after_demo(tmp_path_factory):
     (folder / ".belt/prefect").mkdir(parents=True)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     (folder / "README.md").write_text(README, encoding="utf-8")
-    corpus = DemoCorpusSpec(libraries=("numpy", "prefect"), documents_per_library=12, num_long=0, maximal_words=300)
+    corpus = DemoCorpusSpec(libraries=("numpy", "prefect"), documents_per_library=32, num_long=0, maximal_words=120)
     training = TrainSpec(chunks=ChunkSpec(maximal_text_length=100), epochs=1, dropout=0.0)
     shown = run([sys.executable, "-c", SMALL_DEMO, corpus.model_dump_json(), training.model_dump_json()], folder)
     (folder / "summary.md").write_text(shown)
@@ -60,11 +60,11 @@ def run(command, folder):
 def test_the_demo_says_what_it_did_on_one_screen(after_demo):
     shown = (after_demo / "summary.md").read_text()
 
-    assert re.search(r"^\| score \| 24 \| \d+ \| \d+\.\d s \| [\d,]+ \|$", shown, re.MULTILINE)
+    assert re.search(r"^\| score \| 64 \| \d+ \| \d+\.\d s \| [\d,]+ \|$", shown, re.MULTILINE)
     assert "rejected rows: 3 (doc_id_duplicate 1, doc_id_null 1, text_null 1)" in shown
-    assert "polars found 24 predictions, DuckDB 24" in shown
+    assert "polars found 64 predictions, DuckDB 64" in shown
     command = re.search(r"^    (\.venv/bin/python .*)$", shown, re.MULTILINE).group(1)
-    assert "shape: (24, " in run(["bash", "-c", command], after_demo)
+    assert "shape: (64, " in run(["bash", "-c", command], after_demo)
     for path in re.findall(r"`(/[^`*]*)`", shown):
         assert Path(path).exists(), path
 

@@ -435,6 +435,7 @@ def test_a_connection_that_drops_is_worth_a_retry(error, safe_bytes):
 MEASURE = """
 import sys
 import numpy as np
+import pandas  # where it is installed, pyarrow imports it at its first use, which is not what is measured
 import psutil
 from belt_tasks import corpus
 from belt_tasks.specs import CorpusSpec

@@ -11,7 +11,7 @@ from belt_tasks import evaluation, planning, publishing, storage
 from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.errors import ConfigError
 from belt_tasks.score_corpus import score_corpus
-from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec
+from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
 from tests.conftest import words
 
 LABELS = {
@@ -39,7 +39,9 @@ def evaluate(encoder, corpus_uri, tmp_path, task):
     )
     corpus = CorpusSpec()
     labelled = planning.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
-    manifest = score_corpus(corpus_uri, checkpoint_uri, str(tmp_path / "out"), corpus)
+    manifest = score_corpus(
+        corpus_uri, checkpoint_uri, str(tmp_path / "out"), corpus, ScoreSpec(max_rejected_share=0.2)
+    )
     return evaluation.evaluate_run(labelled, corpus, manifest), manifest
 
 

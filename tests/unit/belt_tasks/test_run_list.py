@@ -12,7 +12,7 @@ from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
 
 
 def spec(size: int) -> ScoreSpec:
-    return ScoreSpec(chunks=ChunkSpec(chunk_size=size, stride=size))
+    return ScoreSpec(chunks=ChunkSpec(chunk_size=size, stride=size), max_rejected_share=0.2)
 
 
 @pytest.fixture(params=["local", "s3"])

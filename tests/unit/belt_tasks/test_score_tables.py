@@ -5,13 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import lake, planning, publishing, score_tables, storage
-from belt_tasks.errors import ConfigError, ConflictError, TransientError
+from belt_tasks import lake, planning, publishing, score_tables, scoring, storage
+from belt_tasks.errors import ConfigError, ConflictError, RejectedError, TransientError
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
 
-SPEC = ScoreSpec(chunks=ChunkSpec(chunk_size=30, stride=30))
-OTHER = ScoreSpec(chunks=ChunkSpec(chunk_size=20, stride=20))
+SPEC = ScoreSpec(chunks=ChunkSpec(chunk_size=30, stride=30), max_rejected_share=0.1)
+OTHER = ScoreSpec(chunks=ChunkSpec(chunk_size=20, stride=20), max_rejected_share=0.1)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -153,3 +153,21 @@ def test_shards_are_sorted_and_say_so(corpus, tiny_checkpoint, tmp_path):
     for uri in manifest.uris(str(tmp_path / "out"), "predictions"):
         column = pq.ParquetFile(uri).metadata.row_group(0).sorting_columns[0].column_index
         assert pq.read_schema(uri).names[column] == "doc_id"
+
+
+def test_too_many_rejected_rows_stop_the_run_before_anything_is_published(corpus, tiny_checkpoint, output, monkeypatch):
+    before = score_corpus(corpus, tiny_checkpoint, output, spec=OTHER)
+
+    words = (
+        r"2 of 20 rows \(10\.0%\) were rejected, more than max_rejected_share allows \(5\.0%\): doc_id_duplicate 1, "
+        r"text_null 1; nothing was published\. They are in .*/rejected; mend the corpus"
+    )
+    with pytest.raises(RejectedError, match=words):
+        score_corpus(corpus, tiny_checkpoint, output, spec=SPEC.model_copy(update={"max_rejected_share": 0.05}))
+    assert publishing.read_manifest(output) == before
+    assert set(read(output, "predictions")["run_id"]) == {before.run["run_id"]}
+
+    with monkeypatch.context() as patch:  # allowed, the same shards are published
+        patch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded again"))
+        after = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    assert set(read(output, "predictions")["run_id"]) == {after.run["run_id"]}
