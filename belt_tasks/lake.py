@@ -269,7 +269,7 @@ def _rewrite(
             kept[table.key], pa.concat_arrays([*fresh[table.key].chunks, pa.array(sorted(removed), pa.string())])
         )
         rows = pa.concat_tables([kept.filter(pc.invert(gone)), fresh])
-        rows = rows.sort_by([(table.key, "ascending")])
+        rows = rows.sort_by([(name, "ascending") for name in (table.key, *table.order)])
         adds += [_write(table, part, run_id) for part in sorted_files.parts(rows, table.key, num_rows=FILE_ROWS)]
     return adds
 
@@ -277,7 +277,7 @@ def _rewrite(
 def _write(table: TableRef, rows: pa.Table, run_id: str) -> AddAction:
     path = f"{run_id}-{uuid.uuid4().hex}.parquet"  # never written twice, not even by two attempts at one run
     uri = storage.join(table.uri, path)
-    sorted_files.write_sorted(uri, rows, by=[table.key, *table.order])
+    sorted_files.put_sorted(uri, rows, by=[table.key, *table.order])
     return AddAction(
         path=path,
         size=storage.num_bytes(uri),

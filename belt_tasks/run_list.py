@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Literal
 
-from belt_tasks import lake, publishing, score_tables, storage
+from belt_tasks import lake, publishing, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.score_tables import table_at
@@ -101,7 +101,7 @@ def _shown_run(output_uri: str) -> str | None:
         published = publishing.read_manifest(output_uri).run
         if published["flow"] != "score":
             return str(published["run_id"])
-    delta = score_tables.table_at(output_uri, "predictions").load()
+    delta = table_at(output_uri, "predictions").load()
     return None if delta is None else lake.shown_run(delta)
 
 

@@ -81,12 +81,12 @@ def sorted_writer(uri: str, schema: pa.Schema, *, by: Sequence[str]) -> Iterator
         unsorted = Path(folder) / "unsorted.parquet"
         with pq.ParquetWriter(unsorted, schema, compression="none") as writer:
             yield writer
-        write_sorted(uri, pq.read_table(unsorted, schema=schema), by=by)
+        rows = pq.read_table(unsorted, schema=schema)
+        put_sorted(uri, rows.sort_by([(name, "ascending") for name in by]), by=by)
 
 
-def write_sorted(uri: str, rows: pa.Table, *, by: Sequence[str]) -> None:
-    """Sort rows and put them as one object, whose row groups a reader can skip by key."""
-    rows = rows.sort_by([(name, "ascending") for name in by])
+def put_sorted(uri: str, rows: pa.Table, *, by: Sequence[str]) -> None:
+    """Put rows, which are sorted by these columns, as one object whose row groups a reader can skip by key."""
     sorting = [pq.SortingColumn(rows.schema.names.index(name)) for name in by]
     with storage.parquet_writer(uri, rows.schema, sorting=sorting) as writer:
         writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
