@@ -193,15 +193,15 @@ _WORDS = {
 }
 
 
+def in_words(reason: str, spec: CorpusSpec) -> str:
+    """What a reason means for the columns that a spec names."""
+    return _WORDS[reason].format(
+        id=f"column {spec.id_column!r}", text=f"column {spec.text_column!r}", label=f"column {spec.label_column!r}"
+    )
+
+
 def _worded(reasons: dict[str, Bools], bad: Bools, spec: CorpusSpec) -> list[pl.Series]:
-    words = {
-        reason: text.format(
-            id=f"column {spec.id_column!r}",
-            text=f"column {spec.text_column!r}",
-            label=f"column {spec.label_column!r}",
-        )
-        for reason, text in _WORDS.items()
-    }
+    words = {reason: in_words(reason, spec) for reason in _WORDS}
     found = [[reason for reason in words if reason in reasons and reasons[reason][row]] for row in np.flatnonzero(bad)]
     return [
         pl.Series("reason", [names[0] for names in found], dtype=pl.String),

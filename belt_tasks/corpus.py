@@ -74,14 +74,58 @@ def plan_shards(corpus_uri: str, spec: CorpusSpec, *, label_role: LabelRole = "n
         except ConfigError as error:
             problems.append(str(error))
     if problems:
-        more = [f"... and {len(problems) - NUM_PROBLEMS} more files"] if len(problems) > NUM_PROBLEMS else []
-        raise ConfigError("\n".join([*problems[:NUM_PROBLEMS], *more]))
+        raise ConfigError(first_problems(problems))
     if sum(shard.num_rows for shard in shards) == 0:
         raise ConfigError(f"{corpus_uri}: no rows in its {len(files)} files")
     if spec.split_column is not None and not any(_has_rows(shard, spec) for shard in shards):
-        raise ConfigError(
-            f"{corpus_uri}: no row has {spec.split!r} in column {spec.split_column!r} (choose with --split)"
-        )
+        raise ConfigError(no_rows_of_split(corpus_uri, spec))
+    return shards
+
+
+def first_problems(problems: list[str]) -> str:
+    """What is wrong with files, a line each, and how many more there are."""
+    more = [f"... and {len(problems) - NUM_PROBLEMS} more files"] if len(problems) > NUM_PROBLEMS else []
+    return "\n".join([*problems[:NUM_PROBLEMS], *more])
+
+
+def no_rows_of_split(corpus_uri: str, spec: CorpusSpec) -> str:
+    """What is wrong with a corpus that has rows, but none of the wanted split."""
+    return f"{corpus_uri}: no row has {spec.split!r} in column {spec.split_column!r} (choose with --split)"
+
+
+def whole_file(file: storage.StoredFile, spec: CorpusSpec) -> ShardRef:
+    """A file as one shard, its columns checked.
+
+    Raises:
+        ConfigError: it is unreadable, lacks columns or has them in wrong types.
+    """
+    with storage.open_parquet(file.uri) as parquet:
+        columns.check_columns(_schema(parquet, file.uri), spec, label_role="none", uri=file.uri)
+        span = (0, parquet.num_row_groups)
+        num_rows = parquet.metadata.num_rows
+    return ShardRef(uri=file.uri, row_groups=span, first_row=0, num_rows=num_rows, key=_key(file, span))
+
+
+def shards_with_rows(
+    file: storage.StoredFile, rows: npt.NDArray[np.int64]
+) -> list[tuple[ShardRef, npt.NDArray[np.int64]]]:
+    """Shards of a file that hold some of its rows, each with those; row groups without any are left out.
+
+    Args:
+        file: the file, whose columns were checked.
+        rows: positions in the file, ascending.
+
+    Raises:
+        ConfigError: it is unreadable.
+    """
+    with storage.open_parquet(file.uri) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    stop_G = np.cumsum([group.num_rows for group in groups])
+    wanted_G = np.diff(np.searchsorted(rows, stop_G), prepend=0) > 0
+    shards = []
+    for shard in _cut(file, groups, wanted_G):
+        first, last = np.searchsorted(rows, [shard.first_row, shard.first_row + shard.num_rows])
+        shards.append((shard, rows[first:last]))
     return shards
 
 
@@ -105,6 +149,8 @@ def read_documents(
     label_role: LabelRole = "none",
     with_text: bool = True,
     vocabulary: frozenset[str] | None = None,
+    rows: npt.NDArray[np.int64] | None = None,
+    batch_rows: int | None = None,
 ) -> Iterator[Documents]:
     """Read a shard batch by batch.
 
@@ -115,12 +161,17 @@ def read_documents(
         label_role: how to read the label column: class names, lists of names, numbers, or not at all.
         with_text: False leaves the text unread and every `text` empty.
         vocabulary: allowed class names; None allows all.
+        rows: positions in the file of the rows that are wanted; None wants all.
+        batch_rows: most rows of a batch; None is BATCH_ROWS.
 
     Raises:
         ShardError: the file became unreadable after planning.
     """
     reader = columns.RowReader(spec, label_role=label_role, vocabulary=vocabulary, with_text=with_text)
-    for row_index, batch in _batches(shard, spec, reader.names):
+    for row_index, batch in _batches(shard, spec, reader.names, batch_rows):
+        if rows is not None:
+            is_wanted = np.isin(row_index, rows)
+            row_index, batch = row_index[is_wanted], batch.filter(pa.array(is_wanted))  # noqa: PLW2901 - narrowed
         yield Documents(**reader.split(batch, row_index, uri=shard.uri, duplicates=duplicates))
 
 
@@ -154,17 +205,30 @@ def _shards_of_file(file: storage.StoredFile, spec: CorpusSpec, label_role: Labe
     with storage.open_parquet(file.uri) as parquet:
         columns.check_columns(_schema(parquet, file.uri), spec, label_role=label_role, uri=file.uri)
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-    shards = []
+    return list(_cut(file, groups, np.ones(len(groups), dtype=bool)))
+
+
+def _cut(
+    file: storage.StoredFile, groups: list[pq.RowGroupMetaData], wanted_G: npt.NDArray[np.bool_]
+) -> Iterator[ShardRef]:
+    """Shards of neighbouring row groups that are wanted."""
     first_group = first_row = num_rows = num_bytes = 0
     for i, group in enumerate(groups):
+        if not wanted_G[i]:
+            first_group, first_row = i + 1, first_row + num_rows + group.num_rows
+            num_rows = num_bytes = 0
+            continue
         num_rows += group.num_rows
         num_bytes += group.total_byte_size
-        if num_bytes >= SHARD_BYTES or i + 1 == len(groups):
+        if num_bytes >= SHARD_BYTES or i + 1 == len(groups) or not wanted_G[i + 1]:
             span = (first_group, i + 1)
-            key = hashlib.sha256(f"{file.uri}\0{file.version}\0{span}".encode()).hexdigest()[:16]
-            shards.append(ShardRef(uri=file.uri, row_groups=span, first_row=first_row, num_rows=num_rows, key=key))
+            key = _key(file, span)
+            yield ShardRef(uri=file.uri, row_groups=span, first_row=first_row, num_rows=num_rows, key=key)
             first_group, first_row, num_rows, num_bytes = i + 1, first_row + num_rows, 0, 0
-    return shards
+
+
+def _key(file: storage.StoredFile, span: tuple[int, int]) -> str:
+    return hashlib.sha256(f"{file.uri}\0{file.version}\0{span}".encode()).hexdigest()[:16]
 
 
 def _schema(parquet: pq.ParquetFile, uri: str) -> pa.Schema:
@@ -182,7 +246,7 @@ def _has_rows(shard: ShardRef, spec: CorpusSpec) -> bool:
 
 
 def _batches(
-    shard: ShardRef, spec: CorpusSpec, names: list[str]
+    shard: ShardRef, spec: CorpusSpec, names: list[str], batch_rows: int | None = None
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
     """Batches of the wanted columns and split, with the position in the file of each row."""
     where = f"{shard.uri} (row groups {shard.row_groups})"
@@ -190,7 +254,7 @@ def _batches(
     position = shard.first_row
     try:
         with storage.open_parquet(shard.uri) as parquet:
-            for batch in _stored_batches(parquet, shard, wanted):
+            for batch in _stored_batches(parquet, shard, wanted, batch_rows or BATCH_ROWS):
                 row_index = np.arange(position, position + batch.num_rows)
                 position += batch.num_rows
                 if spec.split_column is not None:
@@ -207,7 +271,9 @@ def _batches(
         )
 
 
-def _stored_batches(parquet: pq.ParquetFile, shard: ShardRef, wanted: list[str]) -> Iterator[pa.RecordBatch]:
+def _stored_batches(
+    parquet: pq.ParquetFile, shard: ShardRef, wanted: list[str], most_rows: int
+) -> Iterator[pa.RecordBatch]:
     """The wanted columns in the order in which they are stored, hive partitions filled in."""
     stored = parquet.schema_arrow.names
     partitions = storage.hive_partitions(shard.uri)
@@ -219,7 +285,8 @@ def _stored_batches(parquet: pq.ParquetFile, shard: ShardRef, wanted: list[str])
             f"has columns {stored} and {parquet.num_row_groups} row groups, wanted {wanted} of {shard.row_groups}"
         )
     from_file = [name for name in wanted if name in stored]
-    batch_rows = _batch_rows(sum(parquet.metadata.row_group(i).total_byte_size for i in groups), shard.num_rows)
+    num_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in groups)
+    batch_rows = _batch_rows(num_bytes, shard.num_rows, most_rows)
     for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=list(groups), columns=from_file):
         arrays = [
             batch.column(name)
@@ -230,9 +297,9 @@ def _stored_batches(parquet: pq.ParquetFile, shard: ShardRef, wanted: list[str])
         yield pa.RecordBatch.from_arrays(arrays, wanted)
 
 
-def _batch_rows(num_bytes: int, num_rows: int) -> int:
+def _batch_rows(num_bytes: int, num_rows: int, most_rows: int) -> int:
     """Rows of average size that fill a batch."""
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(num_bytes, 1)))
+    return max(1, min(most_rows, BATCH_BYTES * num_rows // max(num_bytes, 1)))
 
 
 def _in_split(column: pa.Array, spec: CorpusSpec) -> npt.NDArray[np.bool_]:

@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from belt_tasks import storage
+from belt_tasks import score_tables, storage
 from belt_tasks.demo_corpus import DemoCorpusSpec, build_demo_corpus
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest
@@ -81,11 +81,14 @@ def read_back(manifest: Manifest) -> ReadBack:
         import duckdb  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
         raise ConfigError("the demo needs DuckDB: pip install 'belt[demo]'") from error
-    files = manifest.uris(manifest.run["output_uri"], "predictions")
-    frame = pl.scan_parquet(files)
+    table = score_tables.table_at(manifest.run["output_uri"], "predictions").load()
+    if table is None:
+        raise ConfigError(f"{manifest.run['output_uri']}: nothing is published there")
+    frame = pl.scan_delta(table)
     longest = frame.sort("num_tokens", "doc_id", descending=[True, False]).head(5)
-    query = "SELECT label, count(*), avg(score) FROM read_parquet($files) GROUP BY label ORDER BY 2 DESC, 1"
-    labels: list[Any] = duckdb.execute(query, {"files": files}).fetchall()
+    predictions = table.to_pyarrow_dataset()  # noqa: F841 - DuckDB finds it by name
+    query = "SELECT label, count(*), avg(score) FROM predictions GROUP BY label ORDER BY 2 DESC, 1"
+    labels: list[Any] = duckdb.execute(query).fetchall()
     return ReadBack(
         polars_rows=frame.select(pl.len()).collect().item(),
         duckdb_rows=sum(count for _, count, _ in labels),

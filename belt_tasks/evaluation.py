@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow as pa
 
 from belt_tasks import corpus as corpora
-from belt_tasks import metrics, plots, prepare, storage
+from belt_tasks import metrics, plots, prepare, score_tables, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.planning import EvaluationPlan
 from belt_tasks.publishing import Manifest, RunRef
@@ -44,7 +43,7 @@ def evaluate_run(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -
     run = RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"])
     head, threshold = plan.head, ScoreSpec.model_validate_json(manifest.run["spec"]).threshold
     labelled, rejected_by_reason = _read_labels(plan, corpus, run.existing_duplicates_uri())
-    predicted = _read_scores(manifest.uris(run.output_uri, "predictions"))
+    predicted = _read_scores(run.output_uri)
     joined = labelled.join(predicted, on="doc_id", how="inner").sort("doc_id")
     if len(joined) == 0:
         labels = ", ".join([*head.labels[:MOST_LABELS], *(["..."] if len(head.labels) > MOST_LABELS else [])])
@@ -89,10 +88,10 @@ def _read_labels(
     return pl.concat(good), dict(counts.iter_rows())
 
 
-def _read_scores(uris: list[str]) -> pl.DataFrame:
+def _read_scores(output_uri: str) -> pl.DataFrame:
     """doc_id and the list of scores in label order."""
-    tables = [storage.read_parquet(uri, columns=["doc_id", "scores"]) for uri in uris]
-    frame = pl.DataFrame(pa.concat_tables(tables))
+    frame = score_tables.read_table(output_uri, "predictions", columns=["doc_id", "scores", "removed_at"])
+    frame = frame.filter(pl.col("removed_at").is_null()).drop("removed_at")
     return frame.with_columns(pl.col("scores").list.eval(pl.element().struct.field("score")))
 
 

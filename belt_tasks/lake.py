@@ -32,6 +32,7 @@ from belt_tasks.sorted_files import SortedFile
 FILE_ROWS = 250_000
 """Rows of a file, about; some 20 MB of predictions."""
 RUN_ID = "belt.run_id"  # in a commit's metadata
+REMOVED_AT = "removed_at"
 MOST_HISTORY = 100  # commits looked back for one of belt's; there are others where someone maintains the table
 MOST_CHARACTERS = 128  # longer strings are no use as bounds; the key's are always whole
 
@@ -72,10 +73,12 @@ class Change:
 
     new_uris: tuple[str, ...] = ()
     """Parquet files of the table's columns, each sorted by the key."""
-    removed: frozenset[str] = frozenset()
-    """Keys without new rows whose rows go."""
+    removed_uris: tuple[str, ...] = ()
+    """Parquet files with a column of keys, each sorted by it: rows of these keys go where no new ones come."""
     replaces_all: bool = False
     """Whether all rows of other keys go too."""
+    marked_at: datetime | None = None
+    """Rows of removed keys stay, and their column `removed_at` says this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,22 +116,29 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
     schema = data_contracts.arrow_schema(table.name)
     old = [] if delta is None else _files(delta, table)
     new = [SortedFile.read(uri, table.key) for uri in change.new_uris]
+    removed = [SortedFile.read(uri, table.key) for uri in change.removed_uris]
     adds: list[AddAction] = []
     removes: list[RemoveAction] = []
     if change.replaces_all:
         removes, old = [file.remove_action() for file in old], []
     for group in _groups(old, table.uri):
         new_here = [part for each in new if (part := each.within(group.lower, group.upper)).row_groups]
-        removed_here = frozenset(key for key in change.removed if group.owns(key))
-        if not new_here and not any(file.may_hold(key) for file in group.files for key in removed_here):
+        removed_here = [part for each in removed if (part := each.within(group.lower, group.upper)).row_groups]
+        if not new_here and not group.may_hold(removed_here):
             continue
-        adds += _rewrite(table, schema, group, new_here, removed_here, run_id)
+        adds += _rewrite(table, schema, group, new_here, removed_here, change.marked_at, run_id)
         removes += [file.remove_action() for file in group.files]
     _commit(table, delta, schema, adds, removes, run_id)
     after = table.load()
     if after is None or not _is_committed(after, run_id, base_version):
         raise TransientError(f"cannot see what was committed to {table.uri}")
     return Committed(version=after.version(), num_rows=_num_rows(after), num_files_written=len(adds), reused=False)
+
+
+def scan(table: TableRef) -> pl.LazyFrame | None:
+    """The table's rows as they are now; None where there is none."""
+    delta = table.load()
+    return None if delta is None else pl.scan_delta(delta)
 
 
 def shown_run(delta: DeltaTable) -> str | None:
@@ -216,8 +226,11 @@ class _Group:
     lower: str | None
     upper: str | None
 
-    def owns(self, key: str) -> bool:
-        return (self.lower is None or self.lower <= key) and (self.upper is None or key < self.upper)
+    def may_hold(self, keys: Sequence[SortedFile]) -> bool:
+        """Whether some of the keys, all of which the group owns, may have rows in its files."""
+        schema = pa.schema([(each.key, pa.string()) for each in keys[:1]])
+        found = (each.rows(self.lower, self.upper, schema)[each.key] for each in keys)
+        return any(file.may_hold(key) for column in found for key in column.to_pylist() for file in self.files)
 
 
 def _files(delta: DeltaTable, table: TableRef) -> list[_TableFile]:
@@ -255,7 +268,8 @@ def _rewrite(
     schema: pa.Schema,
     group: _Group,
     new: Sequence[SortedFile],
-    removed: frozenset[str],
+    removed: Sequence[SortedFile],
+    marked_at: datetime | None,
     run_id: str,
 ) -> list[AddAction]:
     """Write a group's rows with a run's change, range by range."""
@@ -265,13 +279,29 @@ def _rewrite(
     for lower, upper in sorted_files.ranges(sizes, group.lower, group.upper, num_rows=FILE_ROWS):
         fresh = pa.concat_tables([schema.empty_table(), *(each.rows(lower, upper, schema) for each in new)])
         kept = pa.concat_tables([schema.empty_table(), *(each.rows(lower, upper, schema) for each in old)])
-        gone = pc.is_in(
-            kept[table.key], pa.concat_arrays([*fresh[table.key].chunks, pa.array(sorted(removed), pa.string())])
-        )
-        rows = pa.concat_tables([kept.filter(pc.invert(gone)), fresh])
+        keys = pa.schema([schema.field(table.key)])
+        gone = pa.concat_tables([keys.empty_table(), *(each.rows(lower, upper, keys) for each in removed)])[table.key]
+        kept = kept.filter(pc.invert(_is_in(kept[table.key], fresh[table.key])))
+        if marked_at is None:
+            kept = kept.filter(pc.invert(_is_in(kept[table.key], gone)))
+        else:
+            kept = _marked(kept, _is_in(kept[table.key], gone), marked_at)
+        rows = pa.concat_tables([kept, fresh])
         rows = rows.sort_by([(name, "ascending") for name in (table.key, *table.order)])
         adds += [_write(table, part, run_id) for part in sorted_files.parts(rows, table.key, num_rows=FILE_ROWS)]
     return adds
+
+
+def _is_in(keys: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.is_in(keys, others.combine_chunks())
+
+
+def _marked(rows: pa.Table, is_gone: pa.ChunkedArray, moment: datetime) -> pa.Table:
+    """Rows with a moment in `removed_at` where they are gone and were not before."""
+    i = rows.schema.names.index(REMOVED_AT)
+    now = pa.scalar(moment, rows.schema.field(i).type)
+    marks = pc.if_else(pc.and_(is_gone, pc.is_null(rows[i])), now, rows[i])
+    return rows.set_column(i, rows.schema.field(i), marks)
 
 
 def _write(table: TableRef, rows: pa.Table, run_id: str) -> AddAction:

@@ -7,44 +7,12 @@ from collections.abc import Sequence
 
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import corpus as corpora
-from belt_tasks import encoder, progress, score_tables, scoring, storage, training_set
+from belt_tasks import encoder, progress, storage, training_set
 from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, read_manifest, run_id_of
-from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, ScoreSpec, Spec, TaskKind, TrainSpec
+from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, Spec, TaskKind, TrainSpec
 from belt_tasks.tokens import load_tokenizer
-
-
-class ScorePlan(Spec):
-    """A scoring run, ready to start."""
-
-    run: RunRef
-    shards: tuple[ShardRef, ...]
-    spec: ScoreSpec
-    """With the checkpoint's chunks and pooling where the caller named none."""
-    checkpoint_uri: str
-    checkpoint_digest: str
-    scoring_fingerprint: str
-    """Hash of everything that decides a document's scores, besides the document."""
-    labels: tuple[str, ...]
-    device: str
-    """Its name."""
-    duplicates_uri: str | None
-    base_version: int | None
-    """The version of the predictions table that the run is planned on; None where there is no table."""
-
-    def run_row(self, corpus_uri: str) -> dict[str, str | None]:
-        """What the run's row of the `runs` table says of this plan."""
-        return {
-            "flow": "score",
-            "corpus_uri": corpus_uri,
-            "checkpoint_uri": self.checkpoint_uri,
-            "checkpoint_digest": self.checkpoint_digest,
-            "scoring_fingerprint": self.scoring_fingerprint,
-            "device": self.device,
-            "precision": self.spec.precision,
-            "spec": self.spec.model_dump_json(),
-        }
 
 
 class ChunkPlan(Spec):
@@ -77,41 +45,6 @@ class EvaluationPlan(Spec):
     head: Head
 
 
-def plan_scoring(
-    corpus_uri: str, checkpoint_uri: str, output_uri: str, corpus: CorpusSpec, spec: ScoreSpec
-) -> ScorePlan:
-    """Plan the scoring of a corpus.
-
-    Raises:
-        ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
-    """
-    shards = corpora.plan_shards(corpus_uri, corpus)
-    checkpoint_uri = storage.absolute(checkpoints.resolve(checkpoint_uri))
-    device = encoder.choose_device(spec.device)
-    checkpoint = checkpoints.cache.get(checkpoint_uri, checkpoints.checkpoint_digest(checkpoint_uri))
-    spec = scoring.resolve(checkpoint, spec)
-    deciding = {
-        "checkpoint_digest": checkpoint.digest,
-        "chunks": spec.chunks,
-        "pooling": spec.pooling,
-        "precision": spec.precision,
-    }
-    fingerprint = run_id_of([], CorpusSpec(), threshold=spec.threshold, **deciding)
-    run = _run(output_uri, run_id_of(shards, corpus, flow="score", scoring_fingerprint=fingerprint), flow="score")
-    return ScorePlan(
-        run=run,
-        shards=tuple(shards),
-        spec=spec,
-        checkpoint_uri=checkpoint_uri,
-        checkpoint_digest=checkpoint.digest,
-        scoring_fingerprint=fingerprint,
-        labels=checkpoint.head.labels,
-        device=encoder.device_name(device),
-        duplicates_uri=_write_duplicates(run, shards, corpus),
-        base_version=score_tables.shown_version(run.output_uri),
-    )
-
-
 def plan_chunking(
     corpus_uri: str, encoder_source: str, output_uri: str, corpus: CorpusSpec, chunks: ChunkSpec
 ) -> ChunkPlan:
@@ -129,7 +62,8 @@ def plan_chunking(
         source=encoder_source,
     )
     digest = encoder.source_fingerprint(encoder_source)
-    run = _run(output_uri, run_id_of(shards, corpus, flow="chunk", chunks=chunks, encoder=digest), flow="chunk")
+    run_id = run_id_of(_keys(shards), corpus=corpus, flow="chunk", chunks=chunks, encoder=digest)
+    run = open_run(output_uri, run_id, flow="chunk")
     return ChunkPlan(
         run=run,
         shards=tuple(shards),
@@ -158,7 +92,8 @@ def plan_fine_tuning(
         source=encoder_source,
     )
     digest = encoder.source_fingerprint(encoder_source)
-    run = _run(output_uri, run_id_of(shards, corpus, flow="fine-tune", spec=spec, encoder=digest), flow="fine-tune")
+    run_id = run_id_of(_keys(shards), corpus=corpus, flow="fine-tune", spec=spec, encoder=digest)
+    run = open_run(output_uri, run_id, flow="fine-tune")
     return TrainPlan(
         run=run,
         shards=tuple(shards),
@@ -181,23 +116,37 @@ def plan_evaluation(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec) ->
     return EvaluationPlan(shards=tuple(corpora.plan_shards(corpus_uri, corpus, label_role=label_role)), head=head)
 
 
-def _run(output_uri: str, run_id: str, *, flow: str) -> RunRef:
+def open_run(output_uri: str, run_id: str, *, flow: str) -> RunRef:
+    """A run at an output that can be written and holds nothing of another kind.
+
+    Raises:
+        ConfigError: it is not such an output.
+    """
     output_uri = storage.absolute(output_uri)
     storage.check_writable(output_uri)
-    if storage.exists(storage.join(output_uri, "published.json")):
-        published = read_manifest(output_uri).run["flow"]
-        if published != flow:
-            raise ConfigError(
-                f"{output_uri}: holds what a {published} run published, which a {flow} run would hide; "
-                "choose another output"
-            )
+    published = _published_flow(output_uri)
+    if published not in (flow, None):
+        raise ConfigError(
+            f"{output_uri}: holds what a {published} run published, which a {flow} run would hide; "
+            "choose another output"
+        )
     progress.go_on()  # an earlier run of this process may have been stopped
     return RunRef(output_uri=output_uri, run_id=run_id)
+
+
+def _published_flow(output_uri: str) -> str | None:
+    if storage.exists(storage.join(output_uri, "published.json")):
+        return str(read_manifest(output_uri).run["flow"])
+    return "score" if storage.is_directory(storage.join(output_uri, "tables")) else None
 
 
 def _absolute_source(source: str) -> str:
     """A local directory by its full path; anything else is a name on the hub."""
     return storage.absolute(source) if storage.is_directory(source) else source
+
+
+def _keys(shards: Sequence[ShardRef]) -> list[str]:
+    return [shard.key for shard in shards]
 
 
 def _write_duplicates(run: RunRef, shards: Sequence[ShardRef], corpus: CorpusSpec) -> str | None:

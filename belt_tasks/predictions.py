@@ -33,6 +33,7 @@ class Stamp:
 
     run_id: str
     checkpoint_digest: str
+    scoring_fingerprint: str
     scored_at: datetime
 
 
@@ -73,8 +74,10 @@ def build(
             "top_chunk": _top_chunks(windows.doc_offsets[:-1] + scores.top_chunk_D, windows, block.tokens),
             "content_fingerprint": block.documents["content_fingerprint"].to_arrow().cast(pa.string()),
             "checkpoint_digest": pa.repeat(stamp.checkpoint_digest, num_documents),
+            "scoring_fingerprint": pa.repeat(stamp.scoring_fingerprint, num_documents),
             "run_id": pa.repeat(stamp.run_id, num_documents),
             "scored_at": pa.repeat(pa.scalar(stamp.scored_at, pa.timestamp("us", "UTC")), num_documents),
+            "removed_at": pa.nulls(num_documents, pa.timestamp("us", "UTC")),
         }
     )
     rejected = block.documents.filter(pl.Series(~finite_D)).select(

@@ -44,8 +44,9 @@ def token_blocks(
     spec: CorpusSpec,
     tokenizer: DocumentTokenizer,
     *,
-    duplicates_uri: str | None,
     stopwatch: Stopwatch,
+    duplicates_uri: str | None = None,
+    rows: npt.NDArray[np.int64] | None = None,
     label_role: LabelRole = "none",
 ) -> Generator[TokenBlock]:
     """Read and tokenize a shard, block by block; the last block may hold rejected rows alone.
@@ -54,14 +55,16 @@ def token_blocks(
         shard: what to read.
         spec: columns, and the split whose rows are wanted.
         tokenizer: of the encoder.
-        duplicates_uri: table of rows whose doc_id came before; None where there is none.
         stopwatch: gets the seconds of `read` and `tokenize`.
+        duplicates_uri: table of rows whose doc_id came before; None where there is none.
+        rows: positions in the file of the rows that are wanted; None wants all.
         label_role: how to read the label column.
 
     Raises:
         ShardError: the file became unreadable after planning.
     """
-    batches = corpus.read_documents(shard, spec, duplicates=duplicates_of(shard, duplicates_uri), label_role=label_role)
+    duplicates = duplicates_of(shard, duplicates_uri)
+    batches = corpus.read_documents(shard, spec, duplicates=duplicates, label_role=label_role, rows=rows)
     documents: list[pl.DataFrame] = []
     tokens: list[Tokens] = []
     rejected: list[pl.DataFrame] = []

@@ -1,9 +1,10 @@
-"""Publishing: immutable shard objects with deterministic names, then the run's manifest. The manifest is the commit.
+"""Publishing: immutable shard objects with deterministic names, then the run's manifest, which completes the run.
 
     OUTPUT/runs/RUN_ID/TABLE/SHARD_KEY.parquet    one object per shard and table
     OUTPUT/runs/RUN_ID/receipts/SHARD_KEY.json    written after a shard's tables: the shard is finished
     OUTPUT/runs/RUN_ID/manifest.json              written after all shards: the run is complete
-    OUTPUT/published.json                         a copy of the last complete run's manifest
+    OUTPUT/published.json                         a copy of the last complete run's manifest; not of scoring runs,
+                                                  whose tables are changed by one commit, see `score_tables`
 
 A run's id is a hash of what goes in, so a run that was killed finds its finished shards when it is started again, and
 a complete one has nothing left to do. Readers take file names from a manifest and never see half a run.
@@ -11,7 +12,7 @@ a complete one has nothing left to do. Readers take file names from a manifest a
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from belt_tasks.corpus import ShardRef
 from belt_tasks.cost import peak_flops
 from belt_tasks.errors import ConfigError, ContractError, RejectedError
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
-from belt_tasks.specs import CorpusSpec, Spec
+from belt_tasks.specs import Spec
 
 SORTED_BY = {"predictions": ["doc_id"]}
 """Tables whose objects are sorted, since a run's are merged into a published table."""
@@ -56,6 +57,20 @@ class RunRef(Spec):
         """Rows whose doc_id came before; not there where no row is such."""
         return storage.join(self.uri, "duplicates.parquet")
 
+    @property
+    def sources_uri(self) -> str:
+        """Which versions of which files a scoring run's tables are of."""
+        return storage.join(self.uri, "sources.parquet")
+
+    @property
+    def plan_uri(self) -> str:
+        """What a scoring run has to do; written after all that it refers to."""
+        return storage.join(self.uri, "plan.json")
+
+    def rows_uri(self, shard_key: str) -> str:
+        """Which rows of a shard a scoring run scores."""
+        return storage.join(self.uri, "rows", f"{shard_key}.parquet")
+
     def existing_duplicates_uri(self) -> str | None:
         """`duplicates_uri` if it is there."""
         return self.duplicates_uri if storage.exists(self.duplicates_uri) else None
@@ -69,6 +84,21 @@ class RunRef(Spec):
         return storage.join(self.uri, "receipts", f"{shard_key}.json")
 
 
+class TableChange(Spec):
+    """What a scoring run takes from the published tables. Paths are relative to the output."""
+
+    base_run_id: str | None
+    """The run whose tables are changed; None where there were none."""
+    replaces_all: bool
+    """Whether nothing of those tables stays."""
+    removed_path: str | None = None
+    """Ids of documents that are gone."""
+    reread_path: str | None = None
+    """Files whose rejected rows are found anew."""
+    marked_at: str | None = None
+    """Documents that are gone stay, marked with this moment."""
+
+
 class Manifest(Spec):
     """What makes a run complete: its row of the `runs` table, and every file it consists of."""
 
@@ -78,21 +108,34 @@ class Manifest(Spec):
     """Label names in the order of scores and logits."""
     rejected_by_reason: dict[str, int]
     files: tuple[FileReceipt, ...]
+    change: TableChange | None = None
+    """Of a scoring run."""
 
     def uris(self, output_uri: str, table: str) -> list[str]:
         """The files of one table."""
         return [storage.join(output_uri, file.path) for file in self.files if file.table == table]
 
 
-def run_id_of(shards: list[ShardRef], corpus: CorpusSpec, **deciding: Any) -> str:  # noqa: ANN401 - anything JSON
-    """Hash everything that decides a run's result, belt's version included."""
-    content = {
-        "shards": [shard.key for shard in shards],
-        "corpus": corpus.model_dump(),
-        "belt": version("belt"),
-        **{name: value.model_dump() if isinstance(value, Spec) else value for name, value in deciding.items()},
-    }
+def run_id_of(keys: Sequence[str], **deciding: Any) -> str:  # noqa: ANN401 - anything JSON
+    """Hash everything that decides a run's result: what it reads, how, and belt's version."""
+    return digest_of(keys=list(keys), belt=version("belt"), **deciding)
+
+
+def digest_of(**deciding: Any) -> str:  # noqa: ANN401 - anything JSON
+    """16 hex digits over specs and other values."""
+    content = {name: value.model_dump() if isinstance(value, Spec) else value for name, value in deciding.items()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(table: pa.Table, name: str, where: str) -> None:
+    """Refuse rows that do not satisfy their contract.
+
+    Raises:
+        ContractError: all that is wrong with them.
+    """
+    violations = data_contracts.violations(table, name)
+    if violations:
+        raise ContractError(data_contracts.message(violations, name, where))
 
 
 class ShardWriter:
@@ -152,9 +195,7 @@ class ShardWriter:
         return stack.enter_context(storage.parquet_writer(uri, data_contracts.arrow_schema(name)))
 
     def _write(self, name: str, table: pa.Table) -> None:
-        violations = data_contracts.violations(table, name)
-        if violations:
-            raise ContractError(data_contracts.message(violations, name, f"shard {self._shard.key}"))
+        check(table, name, f"shard {self._shard.key}")
         self._writers[name].write_table(table)
         self._num_rows[name] += table.num_rows
 
@@ -170,6 +211,39 @@ def finished_shard(run: RunRef, shard: ShardRef) -> ShardReceipt | None:
     return receipt.model_copy(update={"reused": True})
 
 
+def complete(
+    run: RunRef,
+    receipts: list[ShardReceipt],
+    *,
+    row: dict[str, Any],
+    labels: tuple[str, ...],
+    started_at: datetime,
+    change: TableChange | None = None,
+) -> Manifest:
+    """Say that a run is complete: check its row, and write the manifest.
+
+    Args:
+        run: where it wrote.
+        receipts: of all its shards, and of its plan if that wrote tables too.
+        row: columns of the runs contract that the counts do not give: flow, corpus_uri, spec, and so on.
+        labels: label names in the order of scores.
+        started_at: when it began.
+        change: of a scoring run, what it does to the published tables.
+
+    Raises:
+        ContractError: the row does not satisfy the runs contract.
+    """
+    manifest = Manifest(
+        run=_run_row(run, receipts, row, started_at),
+        labels=labels,
+        rejected_by_reason=total(receipts).rejected_by_reason,
+        files=tuple(file for receipt in receipts for file in receipt.files),
+        change=change,
+    )
+    storage.write_bytes(run.manifest_uri, (manifest.model_dump_json(indent=1) + "\n").encode())
+    return manifest
+
+
 def publish(
     run: RunRef,
     receipts: list[ShardReceipt],
@@ -177,32 +251,20 @@ def publish(
     row: dict[str, Any],
     labels: tuple[str, ...],
     started_at: datetime,
-    max_rejected_share: float = 1.0,
 ) -> Manifest:
-    """Make a run visible: check its row, write the manifest, and point readers of the output to it.
+    """Complete a run, and point readers of the output to it; parameters are those of `complete`."""
+    manifest = complete(run, receipts, row=row, labels=labels, started_at=started_at)
+    storage.write_bytes(storage.join(run.output_uri, "published.json"), storage.read_bytes(run.manifest_uri))
+    return manifest
 
-    Args:
-        run: where it wrote.
-        receipts: of all its shards.
-        row: columns of the runs contract that the counts do not give: flow, corpus_uri, spec, and so on.
-        labels: label names in the order of scores.
-        started_at: when it began.
-        max_rejected_share: share of rejected rows above which nothing is published.
 
-    Raises:
-        ContractError: the row does not satisfy the runs contract.
-        RejectedError: too many rows were rejected; the finished shards are kept.
-    """
-    _check_share(run, total(receipts), max_rejected_share)
-    manifest = Manifest(
-        run=_run_row(run, receipts, row, started_at),
-        labels=labels,
-        rejected_by_reason=total(receipts).rejected_by_reason,
-        files=tuple(file for receipt in receipts for file in receipt.files),
-    )
-    data = (manifest.model_dump_json(indent=1) + "\n").encode()
-    storage.write_bytes(run.manifest_uri, data)
-    storage.write_bytes(storage.join(run.output_uri, "published.json"), data)
+def find_complete(run: RunRef) -> Manifest | None:
+    """The manifest of a run that is complete already; None if it is not, or has lost a file."""
+    if not storage.exists(run.manifest_uri):
+        return None
+    manifest = read_run_manifest(run)
+    if not all(storage.exists(storage.join(run.output_uri, file.path)) for file in manifest.files):
+        return None
     return manifest
 
 
@@ -211,15 +273,11 @@ def republish(run: RunRef) -> Manifest | None:
 
     A run that has lost a file is not complete: its missing shards are done again.
     """
-    if not storage.exists(run.manifest_uri):
-        return None
-    data = storage.read_bytes(run.manifest_uri)
-    manifest = Manifest.model_validate_json(data)
-    if not all(storage.exists(storage.join(run.output_uri, file.path)) for file in manifest.files):
-        return None
-    published_uri = storage.join(run.output_uri, "published.json")
-    if not storage.exists(published_uri) or storage.read_bytes(published_uri) != data:
-        storage.write_bytes(published_uri, data)
+    manifest = find_complete(run)
+    if manifest is not None:
+        data, published_uri = storage.read_bytes(run.manifest_uri), storage.join(run.output_uri, "published.json")
+        if not storage.exists(published_uri) or storage.read_bytes(published_uri) != data:
+            storage.write_bytes(published_uri, data)
     return manifest
 
 
@@ -266,8 +324,18 @@ def read_table(output_uri: str, table: str, *, columns: list[str] | None = None)
     return pl.DataFrame(pa.concat_tables(tables))
 
 
-def _check_share(run: RunRef, counts: Counts, limit: float) -> None:
-    num_rows = counts.num_documents + counts.num_rejected
+def check_rejected_share(run: RunRef, counts: Counts, *, num_rows: int, limit: float) -> None:
+    """Refuse a run whose input is mostly broken.
+
+    Args:
+        run: where the rejected rows are.
+        counts: of the run so far.
+        num_rows: good and bad rows of the files that it read.
+        limit: share of rejected rows above which it ends.
+
+    Raises:
+        RejectedError: there are more.
+    """
     if counts.num_rejected > limit * num_rows:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.rejected_by_reason.items()))
         raise RejectedError(
@@ -286,7 +354,7 @@ def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], sta
     values |= {
         "run_id": run.run_id,
         "output_uri": run.output_uri,
-        "num_shards": len(receipts),
+        "num_shards": sum(receipt.is_shard for receipt in receipts),
         "elapsed_s": (finished_at - started_at).total_seconds(),
         "tokens_per_s": _share(counts.num_tokens_encoded or None, counts.encode_s),
         "padding_share": _share(counts.num_padding, counts.num_positions),
@@ -301,9 +369,7 @@ def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], sta
         **row,
     }
     values = {name: values.get(name) for name in schema.names}
-    violations = data_contracts.violations(pa.Table.from_pylist([values], schema=schema), "runs")
-    if violations:
-        raise ContractError(data_contracts.message(violations, "runs", f"run {run.run_id}"))
+    check(pa.Table.from_pylist([values], schema=schema), "runs", f"run {run.run_id}")
     return values | {"started_at": started_at.isoformat(), "finished_at": finished_at.isoformat()}
 
 

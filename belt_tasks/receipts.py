@@ -76,6 +76,8 @@ class ShardReceipt(Spec):
     counts: Counts
     reused: bool = False
     """An earlier attempt at the same run had finished this shard."""
+    is_shard: bool = True
+    """False for what a run's plan wrote, which stands beside the shards."""
 
     def files_of(self, table: str) -> list[FileReceipt]:
         """The files of one table."""

@@ -92,7 +92,6 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
     of_rejected = lake.versions_by_run(rejected)
     if wanted in of_rejected:
         lake.restore(rejected, of_rejected[wanted], run_id=wanted)
-    publishing.republish(_run(output_uri, wanted))
     return RolledBack(run_id=wanted, from_run_id=now, version=version)
 
 

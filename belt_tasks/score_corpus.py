@@ -1,9 +1,12 @@
 """Score a corpus in this process: plan, every shard, publish. For notebooks; the flow does the same with Prefect."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from belt_tasks import planning, publishing, score_tables, shard_scoring
+from belt_tasks import publishing, score_planning, score_tables, shard_scoring
 from belt_tasks.publishing import Manifest
+from belt_tasks.receipts import ShardReceipt, total
+from belt_tasks.score_planning import ScorePlan
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 
 
@@ -14,24 +17,39 @@ def score_corpus(
     corpus: CorpusSpec = CorpusSpec(),  # noqa: B008 - frozen
     spec: ScoreSpec = ScoreSpec(),  # noqa: B008 - frozen
 ) -> Manifest:
-    """Score every document of a corpus and publish the predictions; a run that was interrupted goes on.
+    """Score what is new or changed in a corpus and publish it; a run that was interrupted goes on.
 
     Args:
         corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
         checkpoint_uri: a checkpoint, the output of a fine-tuning, or a finished Hugging Face sequence classifier.
-        output_uri: directory for the run and the published manifest.
+        output_uri: directory for the run and the published tables.
         corpus: columns and split.
         spec: how to score; what it leaves out is the checkpoint's own.
+
+    Returns:
+        The manifest of the run that the tables show now: the last one, where nothing had changed.
 
     Raises:
         ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
         ShardError: a shard cannot be read; nothing is published.
         RejectedError: too many rows were put aside; nothing is published.
-        ConflictError: another run was published meanwhile; this one is complete, and is published when asked for again.
+        ConflictError: another run was published meanwhile; nothing of this one is.
     """
-    started_at = datetime.now(UTC)
-    plan = planning.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
-    receipts = [
+    while True:
+        started_at = datetime.now(UTC)
+        plan = score_planning.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+        manifest = plan.manifest
+        if manifest is None:
+            receipts = score_shards(plan, corpus)
+            manifest = complete(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)
+        score_tables.publish_tables(plan.run, manifest, base_version=plan.base_version)
+        if plan.is_last:
+            return manifest
+
+
+def score_shards(plan: ScorePlan, corpus: CorpusSpec) -> list[ShardReceipt]:
+    """Score every shard of a plan, one after the other."""
+    return [
         shard_scoring.score_shard(
             shard,
             corpus,
@@ -39,18 +57,36 @@ def score_corpus(
             run=plan.run,
             checkpoint_uri=plan.checkpoint_uri,
             checkpoint_digest=plan.checkpoint_digest,
-            duplicates_uri=plan.duplicates_uri,
+            scoring_fingerprint=plan.scoring_fingerprint,
+            rows_uri=plan.run.rows_uri(shard.key),
         )
         for shard in plan.shards
     ]
-    row = plan.run_row(corpus_uri)
-    manifest = publishing.publish(
+
+
+def complete(plan: ScorePlan, receipts: Sequence[ShardReceipt], *, corpus_uri: str, started_at: datetime) -> Manifest:
+    """Complete a run whose shards are scored.
+
+    Args:
+        plan: of the run.
+        receipts: of its shards.
+        corpus_uri: as the caller named it.
+        started_at: when the run began.
+
+    Raises:
+        RejectedError: too many rows were put aside.
+    """
+    change, planned = plan.change, plan.receipt
+    if change is None or planned is None:
+        raise AssertionError("a run that is not complete has both")
+    if plan.spec.removed == "mark":
+        change = change.model_copy(update={"marked_at": datetime.now(UTC).isoformat()})
+    plan.check_rejected_share(total(receipts))
+    return publishing.complete(
         plan.run,
-        receipts,
-        row=row,
+        [planned, *receipts],
+        row=plan.run_row(corpus_uri),
         labels=plan.labels,
         started_at=started_at,
-        max_rejected_share=plan.spec.max_rejected_share,
+        change=change,
     )
-    score_tables.publish_tables(plan.run, manifest, base_version=plan.base_version)
-    return manifest

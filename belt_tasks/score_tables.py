@@ -1,25 +1,30 @@
-"""Score tables: what a complete scoring run shows in the lake, for BI: predictions, rejected and runs.
+"""Score tables: what scoring runs show in the lake, for BI: predictions, rejected and runs.
 
-    OUTPUT/tables/predictions    one row per document, of the run that is shown
-    OUTPUT/tables/rejected       the rows that this run put aside
+    OUTPUT/tables/predictions    one row per document of the corpus
+    OUTPUT/tables/rejected       the rows of the corpus that are put aside
     OUTPUT/tables/runs           one row per run that was shown, now or before
 
-The commit to predictions is the one that counts: it happens on the version that the run was planned on. The other two
-follow it, and an attempt that is killed between them is completed by the next.
+The commit to predictions is the one that counts: it happens on the version that the run was planned on. The others
+follow it, and an attempt that is killed between them is completed before the next run is planned.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import datetime
 
+import polars as pl
 import pyarrow as pa
 
 import data_contracts
-from belt_tasks import lake, storage
-from belt_tasks.errors import ConflictError
+from belt_tasks import lake, publishing, storage
+from belt_tasks.errors import ConfigError, ConflictError
 from belt_tasks.lake import Change, Committed, TableRef
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import Spec
 
 MOST_ATTEMPTS = 10
+SORTED_BY = {"predictions": ("doc_id",), "rejected": ("source_uri", "row_index"), "runs": ("run_id",)}
+"""The columns of each published table that its rows are sorted by; the first is what runs replace rows by."""
 
 
 class PublishedTables(Spec):
@@ -32,20 +37,61 @@ class PublishedTables(Spec):
     """Whether the table showed this run already."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The run whose tables readers see."""
+
+    run: RunRef
+    manifest: Manifest
+    version: int
+    """Of predictions."""
+
+    @property
+    def run_id(self) -> str:
+        """The run's."""
+        return self.run.run_id
+
+
 def table_at(output_uri: str, name: str) -> TableRef:
     """A published table of an output: predictions, rejected or runs."""
-    key, *order = {"predictions": ["doc_id"], "rejected": ["source_uri", "row_index"], "runs": ["run_id"]}[name]
+    key, *order = SORTED_BY[name]
     return TableRef(uri=storage.join(output_uri, "tables", name), name=name, key=key, order=tuple(order))
 
 
-def shown_version(output_uri: str) -> int | None:
-    """The present version of predictions, for a run to be planned on; None where nothing was published.
+def read_table(output_uri: str, name: str, *, columns: list[str] | None = None) -> pl.DataFrame:
+    """A published table as it is now, sorted; for results that fit in memory.
 
     Raises:
-        ConfigError: tables cannot be published there.
+        ConfigError: nothing was published there.
     """
-    delta = table_at(output_uri, "predictions").load()
-    return None if delta is None else delta.version()
+    rows = lake.scan(table_at(storage.absolute(output_uri), name))
+    if rows is None:
+        raise ConfigError(f"{output_uri}: nothing is published there (no table {name})")
+    return (rows if columns is None else rows.select(columns)).sort(*SORTED_BY[name]).collect()
+
+
+def shown(output_uri: str) -> Shown | None:
+    """The run that predictions show, for the next to be planned on; None where nothing was published.
+
+    Raises:
+        ConfigError: tables cannot be published there, or what they show is not known.
+    """
+    table = table_at(output_uri, "predictions")
+    delta = table.load()
+    if delta is None:
+        return None
+    run_id = lake.shown_run(delta)
+    if run_id is None:
+        raise ConfigError(f"{table.uri}: is not a table that belt wrote; choose another output")
+    run = RunRef(output_uri=output_uri, run_id=run_id)
+    return Shown(run=run, manifest=publishing.read_run_manifest(run), version=delta.version())
+
+
+def finish(output_uri: str) -> None:
+    """Let the other tables follow predictions where an attempt ended between the commits."""
+    now = shown(output_uri)
+    if now is not None:
+        publish_tables(now.run, now.manifest, base_version=now.version)
 
 
 def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None) -> PublishedTables:
@@ -57,18 +103,50 @@ def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None)
         base_version: the version of predictions that it was planned on.
 
     Raises:
-        ConflictError: another run was shown meanwhile; this one is complete, and is shown when it is asked for again.
+        ConflictError: another run was shown meanwhile; nothing of this one is.
     """
     predictions = table_at(run.output_uri, "predictions")
-    change = Change(new_uris=tuple(manifest.uris(run.output_uri, "predictions")), replaces_all=True)
-    shown = lake.commit(predictions, change, run_id=run.run_id, base_version=base_version)
+    if manifest.change is None:
+        raise ConfigError(f"{run.manifest_uri}: not a scoring run")
+    marked_at = None if manifest.change.marked_at is None else datetime.fromisoformat(manifest.change.marked_at)
+    change = _change(run, manifest, "predictions", manifest.change.removed_path, marked_at)
+    committed = lake.commit(predictions, change, run_id=run.run_id, base_version=base_version)
     row_uri = storage.join(run.uri, "run.parquet")
     if not storage.exists(row_uri):
         storage.write_parquet(row_uri, _row(manifest))
     _follow(run, table_at(run.output_uri, "runs"), Change(new_uris=(row_uri,)))
-    rejected = Change(new_uris=tuple(manifest.uris(run.output_uri, "rejected")), replaces_all=True)
+    rejected = _change(run, manifest, "rejected", manifest.change.reread_path)
     _follow(run, table_at(run.output_uri, "rejected"), rejected)
-    return PublishedTables(predictions_uri=predictions.uri, version=shown.version, reused=shown.reused)
+    return PublishedTables(predictions_uri=predictions.uri, version=committed.version, reused=committed.reused)
+
+
+def never_scored(now: Shown | None, files: Collection[str]) -> pl.Series:
+    """Ids of documents of some files that were fit for use but have no prediction: the model gave no number."""
+    rejected = None if now is None else lake.scan(table_at(now.run.output_uri, "rejected"))
+    if rejected is None:
+        return pl.Series([], dtype=pl.String)
+    chosen = rejected.filter(pl.col("reason") == "output_not_finite", pl.col("source_uri").is_in(list(files)))
+    return chosen.select("doc_id").collect()["doc_id"]
+
+
+def marked(now: Shown | None) -> pl.Series:
+    """Ids of documents that are gone, and whose predictions are still there."""
+    predictions = None if now is None else lake.scan(table_at(now.run.output_uri, "predictions"))
+    if predictions is None:
+        return pl.Series([], dtype=pl.String)
+    return predictions.filter(pl.col("removed_at").is_not_null()).select("doc_id").collect()["doc_id"]
+
+
+def _change(
+    run: RunRef, manifest: Manifest, table: str, removed_path: str | None, marked_at: datetime | None = None
+) -> Change:
+    removed = () if removed_path is None else (storage.join(run.output_uri, removed_path),)
+    return Change(
+        new_uris=tuple(manifest.uris(run.output_uri, table)),
+        removed_uris=removed,
+        replaces_all=manifest.change is not None and manifest.change.replaces_all,
+        marked_at=marked_at,
+    )
 
 
 def _follow(run: RunRef, table: TableRef, change: Change) -> Committed | None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from belt_tasks import heads, predictions, prepare, progress, publishing, score_store
+from belt_tasks import heads, predictions, prepare, progress, publishing, score_store, storage
 from belt_tasks.checkpoint import cache
 from belt_tasks.corpus import ShardRef
 from belt_tasks.memory import give_back
@@ -65,7 +65,8 @@ def score_shard(
     run: RunRef,
     checkpoint_uri: str,
     checkpoint_digest: str,
-    duplicates_uri: str | None,
+    scoring_fingerprint: str,
+    rows_uri: str | None = None,
 ) -> ShardReceipt:
     """Score one shard and write its predictions and rejected rows, unless an earlier attempt did.
 
@@ -76,7 +77,8 @@ def score_shard(
         run: where to write.
         checkpoint_uri: what to score with.
         checkpoint_digest: the checkpoint that the run began with.
-        duplicates_uri: table of rows whose doc_id came before; None where there is none.
+        scoring_fingerprint: by which rules; what predictions say of theirs.
+        rows_uri: a table whose `row_index` are the positions of the rows to score; None scores all.
 
     Raises:
         ShardError: the shard cannot be read.
@@ -84,15 +86,19 @@ def score_shard(
     """
     finished = publishing.finished_shard(run, shard)
     if finished is not None:
-        progress.advance("tokenize", shard.num_rows)
+        progress.advance("tokenize", finished.counts.num_documents)
         return finished
     scorer = Scorer.of(cache.get(checkpoint_uri, checkpoint_digest), spec)
     claims = Claims(score_store.of_run(run.uri))
-    stamp = predictions.Stamp(run_id=run.run_id, checkpoint_digest=checkpoint_digest, scored_at=datetime.now(UTC))
-    stopwatch, counts = Stopwatch(), Counts()
-    blocks = prepare.token_blocks(
-        shard, corpus, scorer.checkpoint.tokenizer, duplicates_uri=duplicates_uri, stopwatch=stopwatch
+    stamp = predictions.Stamp(
+        run_id=run.run_id,
+        checkpoint_digest=checkpoint_digest,
+        scoring_fingerprint=scoring_fingerprint,
+        scored_at=datetime.now(UTC),
     )
+    stopwatch, counts = Stopwatch(), Counts()
+    rows = None if rows_uri is None else storage.read_parquet(rows_uri)["row_index"].to_numpy()
+    blocks = prepare.token_blocks(shard, corpus, scorer.checkpoint.tokenizer, rows=rows, stopwatch=stopwatch)
     planned = planned_blocks(blocks, scorer, claims, stopwatch)
 
     def finish(encoded: tuple[PlannedBlock, Tensor | None]) -> None:

@@ -12,6 +12,7 @@ TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
 PoolingStrategy = Literal["mean", "max", "length_weighted_mean", "attention"]
 PoolingSpace = Literal["logits", "probabilities"]
 Selection = Literal["all", "head", "head_tail", "random_k"]
+Removed = Literal["delete", "mark"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -160,7 +161,25 @@ class ScoreSpec(Spec):
     """Probability from which a multilabel document carries a label."""
 
     max_rejected_share: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of rows put aside above which nothing is published, since something is wrong with the corpus."""
+    """Share of rows put aside above which nothing is published; of the rows in the files that the run reads."""
+
+    full: bool = False
+    """Score every document again, not only those that are new or changed since the last run."""
+
+    removed: Removed = "delete"
+    """What becomes of predictions whose document is gone from the corpus: delete, or mark in column removed_at."""
+
+    publish_every: int | None = Field(default=None, ge=1)
+    """Where everything is scored, publish after about this many documents; None publishes when all are done."""
+
+    @model_validator(mode="after")
+    def _full_is_published_once(self) -> Self:
+        if self.full and self.publish_every is not None:
+            raise ValueError(
+                f"full and publish_every ({self.publish_every}) do not go together: nothing would tell the documents "
+                "that were scored again from those that were not"
+            )
+        return self
 
 
 class TrainSpec(Spec):

@@ -16,7 +16,16 @@ import polars as pl
 import pyarrow as pa
 from open_data_contract_standard.model import OpenDataContractStandard, SchemaObject, SchemaProperty
 
-TABLES: Final[tuple[str, ...]] = ("documents", "tokens", "chunks", "predictions", "rejected", "runs")
+TABLES: Final[tuple[str, ...]] = (
+    "documents",
+    "inventory",
+    "sources",
+    "tokens",
+    "chunks",
+    "predictions",
+    "rejected",
+    "runs",
+)
 
 # physicalType -> how it is stored, and the column that checks it
 _TYPES: Final[dict[str, tuple[pa.DataType, Callable[..., dy.Column]]]] = {

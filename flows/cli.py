@@ -30,6 +30,7 @@ from flows.options import (
     Device,
     DropContainedTail,
     Encoder,
+    Full,
     IdColumn,
     LabelColumn,
     MaxBatchTokens,
@@ -50,6 +51,8 @@ from flows.options import (
     OwnStride,
     PoolingSpace,
     PoolingStrategy,
+    PublishEvery,
+    Removed,
     ScorePrecision,
     Selection,
     Split,
@@ -114,9 +117,12 @@ def score(
     precision: ScorePrecision = None,
     threshold: Threshold = None,
     max_rejected_share: MaxRejectedShare = None,
+    full: Full = None,
+    removed: Removed = None,
+    publish_every: PublishEvery = None,
     storage_block: StorageBlock = None,
 ) -> None:
-    """Score every document of CORPUS and publish the predictions. Windows and pooling default to the checkpoint's."""
+    """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
         columns, spec = _score_specs(options)
@@ -155,6 +161,9 @@ def evaluate(
     precision: ScorePrecision = None,
     threshold: Threshold = None,
     max_rejected_share: MaxRejectedShare = None,
+    full: Full = None,
+    removed: Removed = None,
+    publish_every: PublishEvery = None,
     storage_block: StorageBlock = None,
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""

@@ -93,6 +93,9 @@ Device = Annotated[str | None, option(specs.ScoreSpec, "device")]
 ScorePrecision = Annotated[str | None, option(specs.ScoreSpec, "precision", default="what suits the device")]
 Threshold = Annotated[str | None, option(specs.ScoreSpec, "threshold")]
 MaxRejectedShare = Annotated[str | None, option(specs.ScoreSpec, "max_rejected_share")]
+Full = Annotated[bool | None, option(specs.ScoreSpec, "full")]
+Removed = Annotated[str | None, option(specs.ScoreSpec, "removed")]
+PublishEvery = Annotated[str | None, option(specs.ScoreSpec, "publish_every")]
 
 # scoring takes from the checkpoint what is left out
 OWN = "the checkpoint's"

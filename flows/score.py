@@ -21,40 +21,38 @@ def score(
     spec: ScoreSpec = ScoreSpec(),
     storage_block: str | None = None,
 ) -> Manifest:
-    """Score every document of a corpus; killed and started again, it goes on where it was.
+    """Score what is new or changed in a corpus and publish it; killed and started again, it goes on where it was.
 
     Args:
         corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
         checkpoint_uri: a checkpoint, the output of a fine-tuning, or a finished Hugging Face sequence classifier.
-        output_uri: directory for the run and the published manifest.
+        output_uri: directory for the run and the published tables.
         corpus: columns and split.
         spec: how to score; what it leaves out is the checkpoint's own.
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
     """
     use_storage_block(storage_block)
-    started_at = datetime.now(UTC)
-    plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
-    manifest = tasks.republish(plan.run)
-    if manifest is None:
-        receipts = tasks.gather(
-            tasks.score_shard.map(
-                list(plan.shards),
-                unmapped(corpus),
-                unmapped(plan.spec),
-                run=unmapped(plan.run),
-                checkpoint_uri=unmapped(plan.checkpoint_uri),
-                checkpoint_digest=unmapped(plan.checkpoint_digest),
-                duplicates_uri=unmapped(plan.duplicates_uri),
+    asked_at = datetime.now(UTC)
+    while True:
+        started_at = datetime.now(UTC)
+        plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+        manifest = plan.manifest
+        if manifest is None:
+            receipts = tasks.gather(
+                tasks.score_shard.map(
+                    list(plan.shards),
+                    unmapped(corpus),
+                    unmapped(plan.spec),
+                    run=unmapped(plan.run),
+                    checkpoint_uri=unmapped(plan.checkpoint_uri),
+                    checkpoint_digest=unmapped(plan.checkpoint_digest),
+                    scoring_fingerprint=unmapped(plan.scoring_fingerprint),
+                    rows_uri=[plan.run.rows_uri(shard.key) for shard in plan.shards],
+                )
             )
-        )
-        manifest = tasks.publish(
-            plan.run,
-            receipts,
-            row=plan.run_row(corpus_uri),
-            labels=plan.labels,
-            started_at=started_at,
-            max_rejected_share=plan.spec.max_rejected_share,
-        )
-    tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
-    create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="score-summary")
+            manifest = tasks.complete_scoring(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)
+        tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
+        if plan.is_last:
+            break
+    create_markdown_artifact(summaries.run_summary(manifest, asked_at=asked_at), key="score-summary")
     return manifest

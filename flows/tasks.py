@@ -23,6 +23,8 @@ from belt_tasks import (
     planning,
     progress,
     publishing,
+    score_corpus,
+    score_planning,
     score_tables,
     shard_scoring,
     training_set,
@@ -56,7 +58,7 @@ def bind(function: Callable[P, R], *, task_run_name: str | None = None) -> Task[
     )(function)
 
 
-plan_scoring = bind(planning.plan_scoring)
+plan_scoring = bind(score_planning.plan_scoring)
 plan_chunking = bind(planning.plan_chunking)
 plan_fine_tuning = bind(planning.plan_fine_tuning)
 plan_evaluation = bind(planning.plan_evaluation)
@@ -71,6 +73,7 @@ evaluate_run = bind(evaluation.evaluate_run)
 republish = bind(publishing.republish)
 republish_fine_tuning = bind(fine_tuning.republish)
 publish = bind(publishing.publish)
+complete_scoring = bind(score_corpus.complete)
 publish_tables = bind(score_tables.publish_tables)
 
 write_demo_corpus = bind(demo.write_demo_corpus)

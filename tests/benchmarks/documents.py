@@ -113,9 +113,9 @@ def write_scores(output: str, doc_ids: list[str], probabilities_DL: Float64) -> 
 def read_scores(output: str) -> tuple[list[str], Float64]:
     """Ids in ascending order and their probabilities [D, L], of any peer."""
     if Path(output).is_dir():
-        from belt_tasks import publishing
+        from belt_tasks import score_tables
 
-        frame = publishing.read_table(output, "predictions", columns=["doc_id", "scores"])
+        frame = score_tables.read_table(output, "predictions", columns=["doc_id", "scores"])
         frame = frame.with_columns(probabilities=pl.col("scores").list.eval(pl.element().struct.field("score")))
     else:
         frame = pl.DataFrame(pq.read_table(output))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from belt_tasks import publishing
+from belt_tasks import publishing, score_tables
 from belt_tasks.demo import write_demo_corpus
 from belt_tasks.demo_corpus import DemoCorpusSpec
 from belt_tasks.specs import ChunkSpec, PoolingSpec, ScoreSpec, TrainSpec
@@ -32,7 +32,7 @@ def belt(*arguments):
 
 
 def spec_of(output) -> ScoreSpec:
-    return ScoreSpec.model_validate_json(publishing.read_manifest(str(output)).run["spec"])
+    return ScoreSpec.model_validate_json(score_tables.shown(str(output)).manifest.run["spec"])
 
 
 def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
@@ -66,7 +66,7 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     assert code == 0
     assert "This run was complete already: nothing was done again." in again
 
-    before = publishing.read_manifest(str(tmp_path / "scored")).run["run_id"]
+    before = score_tables.shown(str(tmp_path / "scored")).run_id
     code, _, _ = belt(*arguments[:-1], 20)
     assert code == 0
     code, said, _ = belt("rollback", tmp_path / "scored")
@@ -94,8 +94,8 @@ def test_config_alone_and_overridden(labelled_corpus, tiny_checkpoint, tmp_path)
     assert spec_of(tmp_path / "b").chunks == ChunkSpec(chunk_size=20, stride=10)
     of_split = pl.read_parquet(f"{labelled_corpus}/*.parquet").drop_nulls("text").group_by("split").len()
     assert dict(of_split.iter_rows()) == {
-        "test": publishing.read_manifest(str(tmp_path / "a")).run["num_documents"],
-        "train": publishing.read_manifest(str(tmp_path / "b")).run["num_documents"],
+        "test": score_tables.shown(str(tmp_path / "a")).manifest.run["num_documents"],
+        "train": score_tables.shown(str(tmp_path / "b")).manifest.run["num_documents"],
     }
 
 
@@ -126,8 +126,8 @@ def test_a_finished_hugging_face_classifier(labelled_corpus, tiny_encoder, tmp_p
     assert re.fullmatch(r"Error: chunk_size must be at most 62 for .*classifier .*, got 510\n", said)
 
     assert belt(*arguments, "--chunk-size", 62, "--stride", 62)[0] == 0
-    assert publishing.read_manifest(str(tmp_path / "out")).labels == ("bad", "fair", "good")
-    table = publishing.read_table(str(tmp_path / "out"), "predictions")
+    assert score_tables.shown(str(tmp_path / "out")).manifest.labels == ("bad", "fair", "good")
+    table = score_tables.read_table(str(tmp_path / "out"), "predictions")
     assert set(table["label"]) <= {"bad", "fair", "good"}
     assert [score["label"] for score in table["scores"][0]] == ["bad", "fair", "good"]
 

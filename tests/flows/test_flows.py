@@ -14,7 +14,7 @@ from prefect import flow
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import ParameterTypeError
 
-from belt_tasks import checkpoint, planning, publishing, scoring, storage
+from belt_tasks import checkpoint, planning, publishing, score_planning, score_tables, scoring, storage
 from belt_tasks.errors import ConfigError, ShardError, TransientError
 from belt_tasks.progress import StoppedError, advance, stop
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec, TrainSpec
@@ -76,7 +76,7 @@ def mtimes(folder: str) -> dict[str, int]:
 
 
 def predictions(output: str) -> pl.DataFrame:
-    return publishing.read_table(output, "predictions").sort("doc_id")
+    return score_tables.read_table(output, "predictions").sort("doc_id")
 
 
 def test_fine_tune(fine_tuned, client, labelled_corpus):
@@ -137,10 +137,10 @@ def test_score(fine_tuned, client, labelled_corpus, tmp_path):
         client,
         state,
         verb="score",
-        others={"plan_scoring", "republish", "publish", "publish_tables"},
+        others={"plan_scoring", "complete", "publish_tables"},
         corpus_uri=labelled_corpus,
     )
-    assert manifest == publishing.read_manifest(output)
+    assert manifest == score_tables.shown(output).manifest
     run = manifest.run
     assert (run["flow"], run["num_documents"], run["num_rejected"], run["num_shards"]) == ("score", 35, 1, 3)
     assert run["corpus_uri"] == labelled_corpus
@@ -148,7 +148,7 @@ def test_score(fine_tuned, client, labelled_corpus, tmp_path):
     assert {file.table for file in manifest.files} == {"predictions", "rejected"}
     assert all((Path(output) / file.path).is_file() for file in manifest.files)
     assert sum(file.num_rows for file in manifest.files) == 36
-    assert publishing.read_table(output, "rejected")["doc_id"].to_list() == ["doc-0030"]
+    assert score_tables.read_table(output, "rejected")["doc_id"].to_list() == ["doc-0030"]
     shown = artifact(client, state, "score-summary")
     assert "## score: 35 documents" in shown
     assert "| rejected rows | 1 (text_null 1) |" in shown
@@ -252,7 +252,7 @@ def test_a_complete_run_is_not_done_again_and_a_changed_file_makes_another(
     second = score(corpus, tiny_checkpoint, output)
 
     assert second.run["run_id"] != first.run["run_id"]
-    assert publishing.read_manifest(output) == second
+    assert score_tables.shown(output).manifest == second
     assert predictions(output).filter(pl.col("doc_id").is_in(changed["doc_id"]))["num_tokens"].unique().to_list() == [2]
 
 
@@ -306,20 +306,20 @@ def test_a_failed_shard_leaves_the_others_finished(corpus, tiny_checkpoint, tmp_
     output, broken = str(tmp_path / "out"), Path(corpus, "part-1.parquet")
     content, times = broken.read_bytes(), broken.stat()
 
-    def republish_and_break(run):
+    def plan_and_break(*arguments):
+        plan = score_planning.plan_scoring(*arguments)
         broken.write_bytes(content[: len(content) // 2])
-        return publishing.republish(run)
+        return plan
 
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "republish", tasks.bind(republish_and_break))  # after planning, before the shards
+        patch.setattr(tasks, "plan_scoring", tasks.bind(plan_and_break))
         state = score(corpus, tiny_checkpoint, output, return_state=True)
 
     assert state.is_failed()
     with pytest.raises(ShardError, match=r"1 of 3 shards failed, so nothing was published.*\n- .*part-1\.parquet"):
         state.result()
     assert len(list(Path(output).glob("runs/*/receipts/*.json"))) == 2
-    with pytest.raises(ConfigError, match="nothing is published"):
-        publishing.read_manifest(output)
+    assert score_tables.shown(output) is None
     before = mtimes(output)
 
     broken.write_bytes(content)
@@ -338,14 +338,15 @@ def test_a_failed_shard_leaves_the_others_finished(corpus, tiny_checkpoint, tmp_
 
 
 def test_an_error_that_is_not_a_shard_s_own_is_raised_as_it_is(corpus, tiny_checkpoint, tmp_path, monkeypatch):
-    def changed_checkpoint(run):
+    def plan_and_change(*arguments):
+        plan = score_planning.plan_scoring(*arguments)
         folder = Path(corpus).parent / "copy"
         (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
         checkpoint.cache._kept.clear()
-        return publishing.republish(run)
+        return plan
 
     storage.put_directory(Path(tiny_checkpoint), str(tmp_path / "copy"), last="belt.json")
-    monkeypatch.setattr(tasks, "republish", tasks.bind(changed_checkpoint))
+    monkeypatch.setattr(tasks, "plan_scoring", tasks.bind(plan_and_change))
 
     with pytest.raises(ConfigError, match=r"damaged checkpoint|changed during the run"):
         score(corpus, str(tmp_path / "copy"), str(tmp_path / "out"))

@@ -8,13 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import polars as pl
 import psutil
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import publishing, score_tables
-from belt_tasks.errors import ConfigError
+from belt_tasks import score_tables
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
 from flows.score import score
 from tests.conftest import labelled_rows
@@ -39,7 +37,7 @@ def undisturbed(slow_corpus, tiny_checkpoint, tmp_path_factory):
 
 
 def table(output: str):
-    return publishing.read_table(output, "predictions").drop("scored_at")
+    return score_tables.read_table(output, "predictions").drop("scored_at")
 
 
 def receipts(output: Path) -> list[Path]:
@@ -86,11 +84,8 @@ def kill_after_first_receipt(
 
 def check_that_nothing_is_published(output: Path) -> None:
     assert 1 <= len(receipts(output)) < 4
-    assert not (output / "published.json").exists()
     assert not list(output.glob("runs/*/manifest.json"))
-    assert score_tables.shown_version(str(output)) is None
-    with pytest.raises(ConfigError, match="nothing is published there"):
-        publishing.read_manifest(str(output))
+    assert score_tables.shown(str(output)) is None
 
 
 def check_that_it_goes_on(corpus: str, checkpoint: str, output: Path, undisturbed) -> None:
@@ -102,8 +97,6 @@ def check_that_it_goes_on(corpus: str, checkpoint: str, output: Path, undisturbe
 
     assert [(path.stat().st_mtime_ns, path.stat().st_ino) for path in finished] == before
     assert_frame_equal(table(str(output)), undisturbed, abs_tol=1e-6)
-    published = pl.read_delta(score_tables.table_at(str(output), "predictions").uri).drop("scored_at")
-    assert_frame_equal(published.sort("doc_id"), undisturbed.sort("doc_id"), abs_tol=1e-6)
     assert len(manifest.uris(str(output), "predictions")) == 4
     assert not [file.path for file in manifest.files if file.path.endswith(".tmp")]
 

@@ -6,7 +6,6 @@ The laws behind it: a document's prediction depends on nothing but the document,
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 import numpy as np
 import polars as pl
@@ -19,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_contracts
-from belt_tasks import corpus, planning, prepare, publishing, shard_scoring, storage
-from belt_tasks.receipts import Stopwatch, total
+from belt_tasks import corpus, prepare, score_tables
+from belt_tasks.receipts import Stopwatch
+from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import BatchSpec, CorpusSpec, ScoreSpec
 from belt_tasks.tokens import load_tokenizer
 from tests.conftest import words
 
-CPU = ScoreSpec(device="cpu")
+CPU = ScoreSpec(device="cpu", max_rejected_share=1.0)
 
 GOOD = {
     "plain": "The quick brown fox jumps over the lazy dog.",
@@ -97,24 +97,7 @@ def write_nasty(folder, *, kind):
 
 
 def score(corpus_uri, checkpoint_uri, output_uri, spec=CPU):
-    """Plan, score every shard and publish; what the flow does."""
-    columns, started_at = CorpusSpec(), datetime.now(UTC)
-    plan = planning.plan_scoring(corpus_uri, checkpoint_uri, output_uri, columns, spec)
-    receipts = [
-        shard_scoring.score_shard(
-            shard,
-            columns,
-            plan.spec,
-            run=plan.run,
-            checkpoint_uri=plan.checkpoint_uri,
-            checkpoint_digest=plan.checkpoint_digest,
-            duplicates_uri=plan.duplicates_uri,
-        )
-        for shard in plan.shards
-    ]
-    row = plan.run_row(corpus_uri)
-    publishing.publish(plan.run, receipts, row=row, labels=plan.labels, started_at=started_at)
-    return plan, receipts
+    return score_corpus(corpus_uri, checkpoint_uri, output_uri, spec=spec)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary()], ids=str)
@@ -124,33 +107,31 @@ def test_every_row_is_scored_once_or_rejected_once_with_its_reason(tmp_path, tin
     output = str(tmp_path / "out")
 
     with watched_memory() as growth_bytes:
-        plan, receipts = score(str(tmp_path / "corpus"), tiny_checkpoint, output)
+        manifest = score(str(tmp_path / "corpus"), tiny_checkpoint, output)
 
     assert growth_bytes[0] < 700e6
-    predictions = publishing.read_table(output, "predictions")
-    rejected = publishing.read_table(output, "rejected")
-    assert len(plan.shards) == 9
+    predictions = score_tables.read_table(output, "predictions")
+    rejected = score_tables.read_table(output, "rejected")
+    assert manifest.run["num_shards"] == 7  # two row groups hold nothing to score
     assert sorted(predictions["doc_id"]) == sorted(GOOD)
     found = {(uri, row): reason for uri, row, reason in rejected.select("source_uri", "row_index", "reason").rows()}
     assert len(found) == len(rejected)
     assert found == {place: reason for place, (_, reason) in expected.items() if reason is not None}
-    counts = total(receipts)
-    assert (counts.num_documents, counts.num_rejected) == (len(GOOD), len(BAD))
-    assert counts.rejected_by_reason == publishing.read_manifest(output).rejected_by_reason
-    assert sum(counts.rejected_by_reason.values()) == len(BAD)
+    assert (manifest.run["num_documents"], manifest.run["num_rejected"]) == (len(GOOD), len(BAD))
+    assert sum(manifest.rejected_by_reason.values()) == len(BAD)
 
 
 def test_tables_of_a_nasty_corpus_satisfy_their_contracts(tmp_path, tiny_checkpoint):
     write_nasty(tmp_path / "corpus", kind=pa.string())
     output = str(tmp_path / "out")
 
-    plan, _ = score(str(tmp_path / "corpus"), tiny_checkpoint, output)
+    manifest = score(str(tmp_path / "corpus"), tiny_checkpoint, output)
 
-    manifest = publishing.read_manifest(output)
     for name in ("predictions", "rejected"):
-        table = pa.concat_tables([storage.read_parquet(uri) for uri in manifest.uris(output, name)])
+        schema = data_contracts.arrow_schema(name)
+        table = score_tables.read_table(output, name).to_arrow().cast(schema)
         assert data_contracts.violations(table, name) == []
-    predictions = {row["doc_id"]: row for row in publishing.read_table(output, "predictions").to_dicts()}
+    predictions = {row["doc_id"]: row for row in score_tables.read_table(output, "predictions").to_dicts()}
     assert predictions["empty"]["num_tokens"] == 0
     assert predictions["empty"]["num_chunks"] == 1
     assert all(row["num_tokens_scored"] == row["num_tokens"] for row in predictions.values())
@@ -158,7 +139,7 @@ def test_tables_of_a_nasty_corpus_satisfy_their_contracts(tmp_path, tiny_checkpo
         top = row["top_chunk"]
         assert 0 <= top["start_char"] <= top["stop_char"] <= len(GOOD[doc_id])
         assert abs(sum(score["score"] for score in row["scores"]) - 1) < 1e-9
-        assert [score["label"] for score in row["scores"]] == list(plan.labels)
+        assert [score["label"] for score in row["scores"]] == list(manifest.labels)
     fingerprints = prepare.content_fingerprints(list(GOOD.values()))
     assert [predictions[doc_id]["content_fingerprint"] for doc_id in GOOD] == fingerprints.to_list()
 
@@ -172,7 +153,7 @@ def test_no_text_spells_a_special_token(tmp_path, tiny_encoders, family):
     num_documents = 0
 
     for shard in corpus.plan_shards(str(tmp_path / "corpus"), CorpusSpec()):
-        for block in prepare.token_blocks(shard, CorpusSpec(), tokenizer, duplicates_uri=None, stopwatch=Stopwatch()):
+        for block in prepare.token_blocks(shard, CorpusSpec(), tokenizer, stopwatch=Stopwatch()):
             assert not np.isin(block.tokens.input_ids_T, sorted(special)).any()
             num_documents += len(block.documents)
 
@@ -183,14 +164,12 @@ def test_the_same_run_again_does_nothing_and_tells_the_same(tmp_path, tiny_check
     write_nasty(tmp_path / "corpus", kind=pa.string())
     arguments = (str(tmp_path / "corpus"), tiny_checkpoint, str(tmp_path / "out"))
 
-    plan, receipts = score(*arguments)
-    before = publishing.read_table(arguments[2], "predictions")
-    again, reused = score(*arguments)
+    first = score(*arguments)
+    before = score_tables.read_table(arguments[2], "predictions")
+    again = score(*arguments)
 
-    assert again == plan
-    assert all(receipt.reused for receipt in reused)
-    assert total(reused) == total(receipts)
-    assert publishing.read_table(arguments[2], "predictions").equals(before)
+    assert again == first
+    assert score_tables.read_table(arguments[2], "predictions").equals(before)
 
 
 def test_rows_without_a_token_do_not_pile_up(tmp_path, tiny_encoder, monkeypatch):
@@ -199,11 +178,7 @@ def test_rows_without_a_token_do_not_pile_up(tmp_path, tiny_encoder, monkeypatch
     pq.write_table(pa.table({"doc_id": range(10_000), "text": ["", None] * 5_000}), path)
     (shard,) = corpus.plan_shards(path, CorpusSpec())
 
-    blocks = list(
-        prepare.token_blocks(
-            shard, CorpusSpec(), load_tokenizer(tiny_encoder), duplicates_uri=None, stopwatch=Stopwatch()
-        )
-    )
+    blocks = list(prepare.token_blocks(shard, CorpusSpec(), load_tokenizer(tiny_encoder), stopwatch=Stopwatch()))
 
     assert sum(len(block.documents) for block in blocks) == 5_000
     assert sum(len(block.rejected) for block in blocks) == 5_000
@@ -221,7 +196,7 @@ def alone(tmp_path_factory, tiny_checkpoint) -> dict[str, list[float]]:
         folder = tmp_path_factory.mktemp("alone")
         pq.write_table(pa.table({"doc_id": [doc_id], "text": [text]}), folder / "a.parquet")
         score(str(folder / "a.parquet"), tiny_checkpoint, str(folder / "out"))
-        logits |= dict(publishing.read_table(str(folder / "out"), "predictions").select("doc_id", "logits").rows())
+        logits |= dict(score_tables.read_table(str(folder / "out"), "predictions").select("doc_id", "logits").rows())
     return logits
 
 
@@ -259,7 +234,7 @@ def test_a_prediction_depends_on_its_document_alone(
         spec = ScoreSpec(device="cpu", batches=BatchSpec(max_batch_tokens=max_batch_tokens))
         score(str(folder), tiny_checkpoint, str(folder / "out"), spec)
 
-    together = dict(publishing.read_table(str(folder / "out"), "predictions").select("doc_id", "logits").rows())
+    together = dict(score_tables.read_table(str(folder / "out"), "predictions").select("doc_id", "logits").rows())
     assert together.keys() == alone.keys()
     for doc_id, logits in together.items():
         np.testing.assert_allclose(logits, alone[doc_id], atol=1e-5, rtol=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import evaluation, planning, publishing, storage
+from belt_tasks import evaluation, planning, score_tables, storage
 from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.errors import ConfigError
 from belt_tasks.score_corpus import score_corpus
@@ -61,7 +61,7 @@ def test_metrics_are_of_the_documents_with_a_prediction_and_a_label(tiny_encoder
     assert manifest.run["num_documents"] == 14
     assert json.loads(storage.read_bytes(receipt.metrics_uri)) == receipt.metrics
     assert all(storage.read_bytes(uri).startswith(b"\x89PNG") for uri in receipt.plot_uris)
-    predicted = publishing.read_table(str(tmp_path / "out"), "predictions").filter(
+    predicted = score_tables.read_table(str(tmp_path / "out"), "predictions").filter(
         pl.col("doc_id").str.starts_with("d")
     )
     joined = predicted.sort("doc_id").join(

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -85,6 +85,13 @@ def expected(content: Mapping[str, tuple[int, str]]) -> list[tuple]:
     return sorted((key, i, run_id) for key, (number, run_id) in content.items() for i in range(number))
 
 
+def keys(root: str, names: Collection[str], run_id: str) -> tuple[str, ...]:
+    """Keys as a file that a change names."""
+    uri = storage.join(root, "gone", f"{run_id}.parquet")
+    storage.write_parquet(uri, pa.table({"source_uri": pa.array(sorted(names), pa.string())}))
+    return (uri,)
+
+
 KEYS = st.text(st.sampled_from("ab/é𝄞 "), min_size=1, max_size=4)
 CHANGES = st.lists(
     st.tuples(
@@ -104,7 +111,7 @@ def test_a_table_holds_what_a_dictionary_would(tmp_path_factory, changes):
     for i, (new, removed, num_files) in enumerate(changes):
         run_id = f"run{i}"
         gone = removed - new.keys()
-        change = Change(new_uris=write(root, new, run_id, num_files=num_files), removed=gone)
+        change = Change(new_uris=write(root, new, run_id, num_files=num_files), removed_uris=keys(root, gone, run_id))
 
         committed = lake.commit(table, change, run_id=run_id, base_version=version)
 
@@ -144,7 +151,10 @@ def test_a_run_rewrites_only_files_whose_keys_it_touches(tmp_path):
     before = set(paths(table.load()))
     assert len(before) > 8
 
-    change = Change(new_uris=write(str(tmp_path), {"k050": 1}, "two"), removed=frozenset({"k051", "not there"}))
+    change = Change(
+        new_uris=write(str(tmp_path), {"k050": 1}, "two"),
+        removed_uris=keys(str(tmp_path), {"k051", "not there"}, "two"),
+    )
     committed = lake.commit(table, change, run_id="two", base_version=0)
 
     after = set(paths(table.load()))

@@ -15,7 +15,12 @@ from belt_tasks.tokens import load_tokenizer
 from belt_tasks.windows import chunk_windows
 
 TEXTS = ["the quick brown fox, then the lazy dog", "", "a window  begins"]
-STAMP = Stamp(run_id="0" * 16, checkpoint_digest="a" * 64, scored_at=datetime(2026, 1, 2, tzinfo=UTC))
+STAMP = Stamp(
+    run_id="0" * 16,
+    checkpoint_digest="a" * 64,
+    scoring_fingerprint="f" * 16,
+    scored_at=datetime(2026, 1, 2, tzinfo=UTC),
+)
 WINDOWS = ChunkSpec(chunk_size=4, stride=2)
 
 

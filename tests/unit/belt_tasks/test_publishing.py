@@ -90,7 +90,7 @@ def everything(uri):
 
 def test_a_run_id_is_stable_and_depends_on_all_that_decides_the_result(monkeypatch):
     def run_id(keys=("a", "b"), spec=None, **deciding):
-        return run_id_of([shard(key) for key in keys], spec or CorpusSpec(), **{"flow": "score", **deciding})
+        return run_id_of(keys, corpus=spec or CorpusSpec(), **{"flow": "score", **deciding})
 
     ids = [
         run_id(),

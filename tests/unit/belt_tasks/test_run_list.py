@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import planning, publishing, score_tables, shard_scoring, storage, summaries
+from belt_tasks import score_planning, score_tables, scoring, shard_scoring, storage, summaries
 from belt_tasks.errors import ConfigError
 from belt_tasks.run_list import list_runs, roll_back
 from belt_tasks.score_corpus import score_corpus
@@ -44,7 +44,7 @@ def states(output: str) -> dict[str, str]:
 def test_runs_are_listed_with_their_state_and_cost(corpus, tiny_checkpoint, output):
     first = score_corpus(corpus, tiny_checkpoint, output, spec=spec(30)).run
     second = score_corpus(corpus, tiny_checkpoint, output, spec=spec(20)).run
-    plan = planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), spec(10))
+    plan = score_planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), spec(10))
     shard_scoring.score_shard(
         plan.shards[0],
         CorpusSpec(),
@@ -52,7 +52,8 @@ def test_runs_are_listed_with_their_state_and_cost(corpus, tiny_checkpoint, outp
         run=plan.run,
         checkpoint_uri=plan.checkpoint_uri,
         checkpoint_digest=plan.checkpoint_digest,
-        duplicates_uri=plan.duplicates_uri,
+        scoring_fingerprint=plan.scoring_fingerprint,
+        rows_uri=plan.run.rows_uri(plan.shards[0].key),
     )
 
     runs = list_runs(output)
@@ -78,7 +79,6 @@ def test_rolling_back_shows_what_was_shown_and_again_undoes_it(corpus, tiny_chec
     assert (done.run_id, done.from_run_id, done.version) == (first, second, 2)
     assert states(output) == {first: "shown", second: "complete"}
     assert set(read(output, "predictions")["run_id"]) == set(read(output, "rejected")["run_id"]) == {first}
-    assert publishing.read_manifest(output).run["run_id"] == first
     assert len(read(output, "runs")) == 2
 
     assert roll_back(output).run_id == second
@@ -92,9 +92,21 @@ def test_a_run_by_name_and_the_next_night_after_a_rollback(corpus, tiny_checkpoi
     assert roll_back(output, names[0]).from_run_id == names[2]
     assert set(read(output, "predictions")["run_id"]) == {names[0]}
 
-    score_corpus(corpus, tiny_checkpoint, output, spec=spec(10))
-    assert set(read(output, "predictions")["run_id"]) == {names[2]}
-    assert states(output)[names[2]] == "shown"
+    night = score_corpus(corpus, tiny_checkpoint, output, spec=spec(10)).run
+    assert night["base_run_id"] == names[0]
+    assert set(read(output, "predictions")["run_id"]) == {night["run_id"]}
+    assert states(output)[night["run_id"]] == "shown"
+
+
+def test_the_night_after_a_rollback_shows_what_it_had_scored(corpus, tiny_checkpoint, output, monkeypatch):
+    _, second = (score_corpus(corpus, tiny_checkpoint, output, spec=spec(size)).run["run_id"] for size in (30, 20))
+    roll_back(output)
+    monkeypatch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded again"))
+
+    night = score_corpus(corpus, tiny_checkpoint, output, spec=spec(20)).run
+
+    assert night["run_id"] == second
+    assert states(output)[second] == "shown"
 
 
 def test_what_cannot_be_rolled_back_is_said(corpus, tiny_checkpoint, output):

@@ -1,13 +1,16 @@
 """Score tables: what a reader of the lake sees after runs that succeed, race, are killed halfway, or come back."""
 
+from datetime import UTC, datetime
+
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import lake, planning, publishing, score_tables, scoring, storage
+from belt_tasks import corpus as corpora
+from belt_tasks import lake, score_planning, score_tables, scoring, storage
 from belt_tasks.errors import ConfigError, ConflictError, RejectedError, TransientError
-from belt_tasks.score_corpus import score_corpus
+from belt_tasks.score_corpus import complete, score_corpus, score_shards
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
 
 SPEC = ScoreSpec(chunks=ChunkSpec(chunk_size=30, stride=30), max_rejected_share=0.1)
@@ -43,71 +46,165 @@ def read(output: str, name: str, version: int | None = None) -> pl.DataFrame:
     return pl.read_delta(table.uri, version=version, storage_options=storage.delta_options(table.uri))
 
 
+def runs_of(output: str) -> list[str]:
+    return read(output, "predictions")["run_id"].unique().to_list()
+
+
 def test_the_tables_are_those_of_the_run(corpus, tiny_checkpoint, output):
     manifest = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
 
     predictions = read(output, "predictions")
     assert predictions["doc_id"].to_list() == [f"doc-{i:02}" for i in range(20) if i not in (3, 13)]
-    of_shards = publishing.read_table(output, "predictions").sort("doc_id")
-    assert_frame_equal(predictions, of_shards)
+    of_shards = pl.concat(pl.read_parquet(storage.read_bytes(uri)) for uri in manifest.uris(output, "predictions"))
+    assert_frame_equal(predictions, of_shards.sort("doc_id"))
+    assert_frame_equal(score_tables.read_table(output, "predictions"), predictions)
     rejected = read(output, "rejected")
     assert rejected.select("row_index", "reason").rows() == [(3, "text_null"), (3, "doc_id_duplicate")]
+    assert rejected["detail"].to_list() == ["column 'text' is null", "column 'doc_id' is that of an earlier row"]
     assert read(output, "runs")["run_id"].to_list() == [manifest.run["run_id"]]
-    assert read(output, "runs")["num_documents"].to_list() == [18]
+    told = read(output, "runs").select("num_documents", "num_rejected", "num_new", "num_unchanged", "num_removed")
+    assert told.rows() == [(18, 2, 18, 0, 0)]
 
 
-def test_a_run_again_changes_nothing(corpus, tiny_checkpoint, output):
-    score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
-    plan = planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), SPEC)
-    manifest = publishing.republish(plan.run)
+def test_a_night_without_change_does_nothing(corpus, tiny_checkpoint, output, monkeypatch):
+    manifest = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
 
-    again = score_tables.publish_tables(plan.run, manifest, base_version=plan.base_version)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded"))
+        patch.setattr(corpora, "read_documents", lambda *_, **__: pytest.fail("read"))
+        assert score_corpus(corpus, tiny_checkpoint, output, spec=SPEC) == manifest
 
-    assert (again.version, again.reused) == (0, True)
     for name in ("predictions", "rejected", "runs"):
         assert score_tables.table_at(output, name).load().version() == 0
 
 
-def test_documents_that_are_gone_are_gone_and_runs_are_all_there(corpus, tiny_checkpoint, output, tmp_path):
+def test_only_what_changed_is_read_and_scored(corpus, tiny_checkpoint, output, tmp_path, monkeypatch):
     first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
-    rows = pl.DataFrame({"doc_id": ["doc-00", "new"], "text": ["another text now", "the lazy dog"]})
-    (tmp_path / "corpus" / "part-1.parquet").unlink()
-    rows.write_parquet(tmp_path / "corpus" / "part-0.parquet")
+    before = read(output, "predictions")
+    path = tmp_path / "corpus" / "part-1.parquet"
+    rows = pl.read_parquet(path).with_columns(
+        text=pl.when(pl.col("doc_id") == "doc-15").then(pl.lit("another text now")).otherwise("text")
+    )
+    pl.concat([rows, pl.DataFrame({"doc_id": ["new"], "text": ["the lazy dog"]})]).slice(1).write_parquet(path)
+    reads, read_documents = [], corpora.read_documents
+
+    def recorded(shard, *arguments, **options):
+        reads.append(shard.uri)
+        return read_documents(shard, *arguments, **options)
+
+    monkeypatch.setattr(corpora, "read_documents", recorded)
 
     second = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
 
-    assert read(output, "predictions")["doc_id"].to_list() == ["doc-00", "new"]
-    assert read(output, "predictions")["run_id"].unique().to_list() == [second.run["run_id"]]
-    assert len(read(output, "rejected")) == 0
+    assert set(reads) == {str(path)}
+    after = read(output, "predictions")
+    assert set(after.filter(pl.col("run_id") == second.run["run_id"])["doc_id"]) == {"doc-15", "new"}
+    same = pl.col("doc_id").is_in(["doc-10", "doc-15", "new"]).not_()
+    assert_frame_equal(after.filter(same), before.filter(same))
+    told = {
+        name: second.run[name] for name in ("base_run_id", "num_new", "num_changed", "num_unchanged", "num_removed")
+    }
+    assert told == {
+        "base_run_id": first.run["run_id"],
+        "num_new": 1,
+        "num_changed": 1,
+        "num_unchanged": 16,
+        "num_removed": 1,
+    }
+    assert (second.run["num_documents"], second.run["num_rejected"]) == (2, 1)
+    assert len(read(output, "rejected")) == 2
     assert set(read(output, "runs")["run_id"]) == {first.run["run_id"], second.run["run_id"]}
-    assert len(read(output, "predictions", version=0)) == 18  # last night is still there
+    assert_frame_equal(read(output, "predictions", version=0), before)  # last night is still there
 
 
-def test_going_back_shows_the_old_run_again(corpus, tiny_checkpoint, output):
-    first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+def test_the_same_rows_in_another_file_cost_no_model_work(corpus, tiny_checkpoint, output, tmp_path, monkeypatch):
+    score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
     before = read(output, "predictions")
-    score_corpus(corpus, tiny_checkpoint, output, spec=OTHER)
-    assert read(output, "predictions")["run_id"].unique().to_list() != [first.run["run_id"]]
+    path = tmp_path / "corpus" / "part-1.parquet"
+    pl.read_parquet(path).reverse().write_parquet(tmp_path / "corpus" / "part-2.parquet")
+    path.unlink()
+    monkeypatch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded"))
 
-    plan = planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), SPEC)
-    manifest = publishing.republish(plan.run)
-    score_tables.publish_tables(plan.run, manifest, base_version=plan.base_version)
+    manifest = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
 
     assert_frame_equal(read(output, "predictions"), before)
-    assert len(read(output, "runs")) == 2
+    assert read(output, "rejected")["source_uri"].str.slice(-14).to_list() == ["part-0.parquet", "part-2.parquet"]
+    assert manifest.run["num_documents"] == 0
+    assert score_corpus(corpus, tiny_checkpoint, output, spec=SPEC) == manifest
+
+
+def test_other_rules_score_everything_and_full_does_so_on_demand(corpus, tiny_checkpoint, output):
+    names = [
+        score_corpus(corpus, tiny_checkpoint, output, spec=spec).run["run_id"]
+        for spec in (SPEC, OTHER, SPEC, SPEC.model_copy(update={"full": True}))
+    ]
+
+    assert len(set(names)) == 4
+    assert runs_of(output) == [names[-1]]
+    assert len(read(output, "runs")) == 4
+
+
+def test_a_new_checkpoint_may_be_published_as_it_goes(corpus, tiny_checkpoint, output):
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC).run
+    before = read(output, "predictions")
+
+    last = score_corpus(corpus, tiny_checkpoint, output, spec=OTHER.model_copy(update={"publish_every": 5})).run
+
+    steps = [read(output, "predictions", version=version) for version in (0, 1, 2)]
+    assert [step["run_id"].n_unique() for step in steps] == [1, 2, 2]
+    assert all(step["doc_id"].equals(before["doc_id"]) for step in steps)
+    assert first["scoring_fingerprint"] not in set(steps[2]["scoring_fingerprint"])
+    assert last["run_id"] in set(steps[2]["run_id"])
+    assert score_corpus(corpus, tiny_checkpoint, output, spec=OTHER).run == last
+
+
+def test_documents_that_are_gone_may_stay_marked(corpus, tiny_checkpoint, output, tmp_path):
+    marks = SPEC.model_copy(update={"removed": "mark"})
+    score_corpus(corpus, tiny_checkpoint, output, spec=marks)
+    (tmp_path / "corpus" / "part-1.parquet").unlink()
+
+    score_corpus(corpus, tiny_checkpoint, output, spec=marks)
+
+    table = read(output, "predictions")
+    gone = table.filter(pl.col("removed_at").is_not_null())
+    assert gone["doc_id"].to_list() == [f"doc-{i}" for i in range(10, 20) if i != 13]
+    assert gone["removed_at"].n_unique() == 1
+    score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)  # and deleted when the policy is to delete
+    assert read(output, "predictions")["doc_id"].to_list() == [f"doc-0{i}" for i in range(10) if i != 3]
+
+
+def test_an_output_whose_state_was_lost_is_scored_again(corpus, tiny_checkpoint, tmp_path):
+    output = str(tmp_path / "out")
+    score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    before = read(output, "predictions").drop("scored_at", "run_id")
+    for path in (tmp_path / "out" / "inventory").iterdir():
+        path.unlink()
+    (tmp_path / "corpus" / "part-1.parquet").touch()
+    with pytest.raises(ConfigError, match="no such file"):
+        score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+
+    manifest = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC.model_copy(update={"full": True}))
+
+    assert runs_of(output) == [manifest.run["run_id"]]
+    assert_frame_equal(read(output, "predictions").drop("scored_at", "run_id"), before)
+    next((tmp_path / "out" / "runs" / manifest.run["run_id"]).glob("sources.parquet")).unlink()
+    again = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    assert runs_of(output) == [again.run["run_id"]]
 
 
 def test_of_two_runs_that_were_planned_at_once_the_second_is_told_and_loses_nothing(corpus, tiny_checkpoint, output):
-    late = planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), OTHER)
+    late = score_planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), OTHER)
+    receipts = score_shards(late, CorpusSpec())
+    of_late = complete(late, receipts, corpus_uri=corpus, started_at=datetime.now(UTC))
     first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
     assert late.base_version is None
 
     with pytest.raises(ConflictError, match="it was not there when this run was planned and at version 0 now"):
-        score_tables.publish_tables(late.run, first, base_version=late.base_version)
+        score_tables.publish_tables(late.run, of_late, base_version=late.base_version)
 
-    assert read(output, "predictions")["run_id"].unique().to_list() == [first.run["run_id"]]
+    assert runs_of(output) == [first.run["run_id"]]
     second = score_corpus(corpus, tiny_checkpoint, output, spec=OTHER)
-    assert read(output, "predictions")["run_id"].unique().to_list() == [second.run["run_id"]]
+    assert runs_of(output) == [second.run["run_id"]]
 
 
 @pytest.mark.parametrize("broken", ["predictions", "runs", "rejected"])
@@ -132,7 +229,7 @@ def test_an_attempt_that_ends_between_two_commits_is_completed(corpus, tiny_chec
 
 def test_what_is_shown_by_now_is_not_overtaken_by_a_slow_run(corpus, tiny_checkpoint, output):
     slow = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
-    slow_run = planning.plan_scoring(corpus, tiny_checkpoint, output, CorpusSpec(), SPEC).run
+    slow_run = score_tables.shown(output).run
     quick = score_corpus(corpus, tiny_checkpoint, output, spec=OTHER)
 
     change = lake.Change(new_uris=tuple(slow.uris(output, "rejected")), replaces_all=True)
@@ -144,7 +241,7 @@ def test_what_is_shown_by_now_is_not_overtaken_by_a_slow_run(corpus, tiny_checkp
 
 def test_an_output_that_cannot_hold_tables_is_refused_before_work_starts(corpus, tiny_checkpoint):
     with pytest.raises(ConfigError, match="tables are published to local paths and to abfs, gs, s3"):
-        planning.plan_scoring(corpus, tiny_checkpoint, "memory://out", CorpusSpec(), SPEC)
+        score_planning.plan_scoring(corpus, tiny_checkpoint, "memory://out", CorpusSpec(), SPEC)
 
 
 def test_shards_are_sorted_and_say_so(corpus, tiny_checkpoint, tmp_path):
@@ -155,19 +252,29 @@ def test_shards_are_sorted_and_say_so(corpus, tiny_checkpoint, tmp_path):
         assert pq.read_schema(uri).names[column] == "doc_id"
 
 
-def test_too_many_rejected_rows_stop_the_run_before_anything_is_published(corpus, tiny_checkpoint, output, monkeypatch):
+def test_too_many_rejected_rows_stop_the_run_before_anything_is_scored(corpus, tiny_checkpoint, output, monkeypatch):
     before = score_corpus(corpus, tiny_checkpoint, output, spec=OTHER)
 
     words = (
         r"2 of 20 rows \(10\.0%\) were rejected, more than max_rejected_share allows \(5\.0%\): doc_id_duplicate 1, "
         r"text_null 1; nothing was published\. They are in .*/rejected; mend the corpus"
     )
-    with pytest.raises(RejectedError, match=words):
-        score_corpus(corpus, tiny_checkpoint, output, spec=SPEC.model_copy(update={"max_rejected_share": 0.05}))
-    assert publishing.read_manifest(output) == before
-    assert set(read(output, "predictions")["run_id"]) == {before.run["run_id"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded"))
+        for _ in range(2):
+            with pytest.raises(RejectedError, match=words):
+                score_corpus(corpus, tiny_checkpoint, output, spec=SPEC.model_copy(update={"max_rejected_share": 0.05}))
+    assert runs_of(output) == [before.run["run_id"]]
 
-    with monkeypatch.context() as patch:  # allowed, the same shards are published
-        patch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded again"))
-        after = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
-    assert set(read(output, "predictions")["run_id"]) == {after.run["run_id"]}
+    after = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    assert runs_of(output) == [after.run["run_id"]]
+
+
+def test_a_bad_delivery_is_not_hidden_by_a_large_corpus(corpus, tiny_checkpoint, output, tmp_path):
+    before = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    pl.DataFrame({"doc_id": ["x", "y"], "text": ["fox", None]}).write_parquet(tmp_path / "corpus" / "part-2.parquet")
+
+    with pytest.raises(RejectedError, match=r"1 of 2 rows \(50\.0%\) were rejected"):
+        score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+
+    assert runs_of(output) == [before.run["run_id"]]

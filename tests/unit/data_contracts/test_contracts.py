@@ -90,8 +90,23 @@ def _runs(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
     }
 
 
+def _inventory(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
+    is_good = [draw.random() < 0.5 for _ in range(num_rows)]
+    return {
+        "content_fingerprint": [f"{draw.getrandbits(256):064x}" if good else None for good in is_good],
+        "reason": [None if good else draw.choice(_enum("rejected", "reason")) for good in is_good],
+    }
+
+
+def _sources(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
+    num_of_files = [draw.randrange(0, 10**12) for _ in range(num_rows)]
+    return {"num_rows": num_of_files, "num_documents": [draw.randrange(0, num + 1) for num in num_of_files]}
+
+
 # what laws across columns and enums allow; dataframely draws the other columns
 DRAWN = {
+    "inventory": _inventory,
+    "sources": _sources,
     "tokens": _tokens,
     "chunks": _chunks,
     "predictions": _predictions,
@@ -183,7 +198,7 @@ def test_no_law_is_stated_in_a_keyword_that_is_not_read(name: str) -> None:
 
 
 def test_unknown_table() -> None:
-    with pytest.raises(ValueError, match=r"must be one of documents, tokens, .*, got 'document'$"):
+    with pytest.raises(ValueError, match=r"must be one of documents, inventory, .*, got 'document'$"):
         contract("document")
 
 
@@ -228,6 +243,21 @@ EXPECTED: dict[str, dict[str, pa.DataType]] = {
         "labels?": STRINGS,
         "target?": pa.float64(),
     },
+    "inventory": {
+        "row_index": pa.int64(),
+        "doc_id?": pa.string(),
+        "content_fingerprint?": pa.string(),
+        "num_bytes": pa.int64(),
+        "reason?": pa.string(),
+        "detail?": pa.string(),
+    },
+    "sources": {
+        "source_uri": pa.string(),
+        "version": pa.string(),
+        **{f"num_{what}": pa.int64() for what in ("bytes", "rows", "documents")},
+        "inventory_key": pa.string(),
+        "scoring_fingerprint": pa.string(),
+    },
     "tokens": {
         "doc_id": pa.string(),
         "input_ids": pa.list_(pa.field(ITEM, pa.int32(), nullable=False)),
@@ -258,8 +288,10 @@ EXPECTED: dict[str, dict[str, pa.DataType]] = {
         "top_chunk": SPAN,
         "content_fingerprint": pa.string(),
         "checkpoint_digest": pa.string(),
+        "scoring_fingerprint": pa.string(),
         "run_id": pa.string(),
         "scored_at": TIME,
+        "removed_at?": TIME,
     },
     "rejected": {
         "source_uri": pa.string(),
@@ -278,6 +310,8 @@ EXPECTED: dict[str, dict[str, pa.DataType]] = {
         "checkpoint_digest?": pa.string(),
         "scoring_fingerprint?": pa.string(),
         "num_shards": pa.int32(),
+        "base_run_id?": pa.string(),
+        **{f"num_{what}?": pa.int64() for what in ("new", "changed", "unchanged", "removed")},
         **{f"num_{what}": pa.int64() for what in ("documents", "rejected", "chunks", "tokens", "tokens_scored")},
         "num_documents_reused": pa.int64(),
         **{f"{what}_s": pa.float64() for what in ("elapsed", "read", "tokenize", "encode", "write")},

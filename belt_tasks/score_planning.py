@@ -1,0 +1,413 @@
+"""Planning a scoring run: what changed since the last one, and everything that can be wrong, before a model does work.
+
+A run is the change from one state of the published tables to the next. Its id is a hash of the state that it starts
+from and of everything that decides the result, so that a run that was killed is found again, and one whose result is
+shown already is not done again.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+import data_contracts
+from belt_tasks import changes, encoder, inventory, planning, progress, publishing, score_tables, scoring, storage
+from belt_tasks import checkpoint as checkpoints
+from belt_tasks import corpus as corpora
+from belt_tasks.changes import ChangeCounts, Changes, CorpusState
+from belt_tasks.corpus import ShardRef
+from belt_tasks.errors import ConfigError
+from belt_tasks.inventory import Inventories, SourceRef
+from belt_tasks.publishing import Manifest, RunRef, TableChange, run_id_of
+from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt
+from belt_tasks.score_tables import Shown
+from belt_tasks.specs import CorpusSpec, ScoreSpec, Spec
+from belt_tasks.storage import StoredFile
+
+SCORING_FORMAT = 1
+"""Another one where belt would give the same document other scores, beyond float noise."""
+PLAN_KEY = "plan"  # in the place of a shard's key
+
+
+class ScorePlan(Spec):
+    """A scoring run, ready to start."""
+
+    run: RunRef
+    shards: tuple[ShardRef, ...] = ()
+    """Those that hold documents to score."""
+    spec: ScoreSpec
+    """With the checkpoint's chunks and pooling where the caller named none."""
+    checkpoint_uri: str
+    checkpoint_digest: str
+    scoring_fingerprint: str
+    """Hash of everything that decides a document's scores, besides the document."""
+    labels: tuple[str, ...]
+    device: str
+    """Its name."""
+    base_version: int | None
+    """The version of the predictions table that the run is planned on; None where there is no table."""
+    manifest: Manifest | None = None
+    """Of a run that is complete already: nothing is left but to publish it, if that."""
+    counts: ChangeCounts | None = None
+    """What changed; None where the run is complete."""
+    receipt: ShardReceipt | None = None
+    """Of what the plan wrote."""
+    change: TableChange | None = None
+    """What the run does to the published tables."""
+    num_rows: int = 0
+    """Rows, good and bad, of the files that the run reads."""
+    num_rows_to_score: int = 0
+    is_last: bool = True
+    """Whether the published table is that of the whole corpus after it."""
+
+    def check_rejected_share(self, of_shards: Counts) -> None:
+        """Refuse to go on where too many rows are put aside.
+
+        Raises:
+            RejectedError: there are more, by the plan and in shards, than the spec allows.
+        """
+        counts = of_shards if self.receipt is None else self.receipt.counts + of_shards
+        limit = self.spec.max_rejected_share
+        publishing.check_rejected_share(self.run, counts, num_rows=self.num_rows, limit=limit)
+
+    def run_row(self, corpus_uri: str) -> dict[str, str | int | None]:
+        """What the run's row of the `runs` table says of this plan."""
+        return {
+            "flow": "score",
+            "corpus_uri": corpus_uri,
+            "checkpoint_uri": self.checkpoint_uri,
+            "checkpoint_digest": self.checkpoint_digest,
+            "scoring_fingerprint": self.scoring_fingerprint,
+            "device": self.device,
+            "precision": self.spec.precision,
+            "spec": self.spec.model_dump_json(),
+            "base_run_id": self.change.base_run_id if self.change else None,
+            **(self.counts.model_dump() if self.counts else {}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """What is asked for, with all that the checkpoint and the device decide."""
+
+    files: list[StoredFile]
+    corpus: CorpusSpec
+    spec: ScoreSpec
+    checkpoint_uri: str
+    checkpoint_digest: str
+    scoring_fingerprint: str
+    labels: tuple[str, ...]
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """The corpus as the run will leave it, against what is shown."""
+
+    before: CorpusState | None
+    now: CorpusState
+    to_rescore: frozenset[str]
+    reread: frozenset[str]
+    """Files of either state whose rejected rows are found anew."""
+    changes: Changes
+    is_last: bool
+
+
+def plan_scoring(
+    corpus_uri: str, checkpoint_uri: str, output_uri: str, corpus: CorpusSpec, spec: ScoreSpec
+) -> ScorePlan:
+    """Plan the scoring of what is new, changed or gone in a corpus since the run whose tables are shown.
+
+    Raises:
+        ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
+        RejectedError: too many rows are broken; nothing was scored.
+    """
+    asked = _ask(corpus_uri, checkpoint_uri, corpus, spec)
+    output_uri = planning.open_run(output_uri, "", flow="score").output_uri
+    score_tables.finish(output_uri)
+    shown = score_tables.shown(output_uri)
+    base_version = None if shown is None else shown.version
+    known = None if shown is None else _read_sources(shown)
+    if shown is not None and known is not None and _is_current(asked, shown, known):
+        return ScorePlan(run=shown.run, manifest=shown.manifest, **_present(asked, base_version))
+    run = RunRef(output_uri=output_uri, run_id=_run_id(asked, shown))
+    plan = _read_plan(run)
+    if plan is None:
+        plan = _plan_changes(asked, corpus_uri, run, shown, known)
+    plan = plan.model_copy(update=_present(asked, base_version) | {"manifest": publishing.find_complete(run)})
+    plan.check_rejected_share(Counts())
+    progress.advance("tokenize", 0, num_more=plan.num_rows_to_score)
+    return plan
+
+
+def _plan_changes(
+    asked: _Question, corpus_uri: str, run: RunRef, shown: Shown | None, known: list[SourceRef] | None
+) -> ScorePlan:
+    """Find what changed, and write all that the run needs to know of it; the plan itself last."""
+    inventories = Inventories(root_uri=storage.join(run.output_uri, "inventory"))
+    found = _compare(asked, corpus_uri, shown, known, inventories)
+    plan = ScorePlan(
+        run=run,
+        shards=_write_rows(run, asked, found),
+        counts=found.changes.counts,
+        receipt=_write_rejected(run, found),
+        change=_write_state(run, asked, shown, found),
+        num_rows=sum(source.num_rows for source in found.now.sources if source.source_uri in found.reread),
+        num_rows_to_score=sum(len(rows) for rows in found.changes.rows_to_score.values()),
+        is_last=found.is_last,
+        **_present(asked, None),
+    )
+    storage.write_bytes(run.plan_uri, plan.model_dump_json(indent=1).encode())
+    return plan
+
+
+def _read_plan(run: RunRef) -> ScorePlan | None:
+    """What an earlier attempt at this run planned."""
+    return ScorePlan.model_validate_json(storage.read_bytes(run.plan_uri)) if storage.exists(run.plan_uri) else None
+
+
+def _ask(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec, spec: ScoreSpec) -> _Question:
+    files = storage.list_files(corpus_uri, suffix=".parquet")
+    checkpoint_uri = storage.absolute(checkpoints.resolve(checkpoint_uri))
+    device = encoder.choose_device(spec.device)
+    checkpoint = checkpoints.cache.get(checkpoint_uri, checkpoints.checkpoint_digest(checkpoint_uri))
+    spec = scoring.resolve(checkpoint, spec)
+    return _Question(
+        files=files,
+        corpus=corpus,
+        spec=spec,
+        checkpoint_uri=checkpoint_uri,
+        checkpoint_digest=checkpoint.digest,
+        scoring_fingerprint=publishing.digest_of(
+            format=SCORING_FORMAT,
+            checkpoint_digest=checkpoint.digest,
+            chunks=spec.chunks,
+            pooling=spec.pooling,
+            precision=spec.precision,
+            threshold=spec.threshold,
+        ),
+        labels=checkpoint.head.labels,
+        device=encoder.device_name(device),
+    )
+
+
+def _present(asked: _Question, base_version: int | None) -> dict[str, Any]:
+    """What a plan says of the present attempt; another one may be made elsewhere."""
+    return {
+        "spec": asked.spec,
+        "checkpoint_uri": asked.checkpoint_uri,
+        "checkpoint_digest": asked.checkpoint_digest,
+        "scoring_fingerprint": asked.scoring_fingerprint,
+        "labels": asked.labels,
+        "device": asked.device,
+        "base_version": base_version,
+    }
+
+
+def _run_id(asked: _Question, shown: Shown | None) -> str:
+    keys = [inventory.key_of(file, asked.corpus) for file in asked.files]
+    return run_id_of(
+        keys,
+        flow="score",
+        base_run_id=None if shown is None else shown.run_id,
+        scoring_fingerprint=asked.scoring_fingerprint,
+        spec=asked.spec.model_dump(include=DECIDING),
+    )
+
+
+DECIDING = {"full", "removed", "publish_every"}
+"""Fields of a spec that decide what a run does to the tables, besides those of the scoring fingerprint."""
+
+
+def _is_current(asked: _Question, shown: Shown, known: Sequence[SourceRef]) -> bool:
+    """Whether the shown tables are those of this corpus under these rules."""
+    policy = ScoreSpec.model_validate_json(shown.manifest.run["spec"]).removed
+    return not asked.spec.full and policy == asked.spec.removed and _are_all_of(asked, known)
+
+
+def _are_all_of(asked: _Question, sources: Sequence[SourceRef]) -> bool:
+    keys = [inventory.key_of(file, asked.corpus) for file in asked.files]
+    return [source.inventory_key for source in sources] == keys and all(
+        source.scoring_fingerprint == asked.scoring_fingerprint for source in sources
+    )
+
+
+def _compare(
+    asked: _Question,
+    corpus_uri: str,
+    shown: Shown | None,
+    known: list[SourceRef] | None,
+    inventories: Inventories,
+) -> _Comparison:
+    sources = _take(asked, corpus_uri, known, inventories)
+    before = None
+    if shown is not None and known is not None and _has_inventories(known, sources, inventories):
+        before = _state(known, _read_duplicates(shown.run), inventories, asked.corpus)
+    budget = asked.spec.publish_every
+    chosen = _affordable(sources, before, budget)
+    now = _state(chosen, inventory.duplicate_rows(chosen, inventories), inventories, asked.corpus)
+    touched = changes.touched(before, now)
+    to_rescore, waiting = _stale(asked, before, now, touched, budget)
+    if before is not None and waiting:
+        left = [before.by_uri[source.source_uri] if source.source_uri in waiting else source for source in chosen]
+        now = _state(left, now.duplicates, inventories, asked.corpus)
+    unscored = score_tables.never_scored(shown, touched)
+    return _Comparison(
+        before=before,
+        now=now,
+        to_rescore=to_rescore,
+        reread=frozenset(touched | to_rescore),
+        changes=changes.compare(before, now, to_rescore=to_rescore, never_scored=unscored),
+        is_last=not waiting and len(chosen) == len(sources),
+    )
+
+
+def _take(
+    asked: _Question, corpus_uri: str, known: list[SourceRef] | None, inventories: Inventories
+) -> list[SourceRef]:
+    """The corpus's files as the run will have scored them; those that are new or changed are read."""
+    counts = {}
+    if known is not None and not asked.spec.full:
+        counts = {source.inventory_key: (source.num_rows, source.num_documents) for source in known}
+    missing = [file for file in asked.files if inventory.key_of(file, asked.corpus) not in counts]
+    counts |= inventory.take(missing, asked.corpus, inventories)
+    sources = []
+    for file in asked.files:
+        key = inventory.key_of(file, asked.corpus)
+        sources.append(
+            SourceRef(
+                source_uri=file.uri,
+                version=file.version,
+                num_bytes=file.num_bytes,
+                num_rows=counts[key][0],
+                num_documents=counts[key][1],
+                inventory_key=key,
+                scoring_fingerprint=asked.scoring_fingerprint,
+            )
+        )
+    if sum(source.num_rows for source in sources) == 0:
+        if asked.corpus.split_column is None:
+            raise ConfigError(f"{corpus_uri}: no rows in its {len(sources)} files")
+        raise ConfigError(corpora.no_rows_of_split(corpus_uri, asked.corpus))
+    return sources
+
+
+def _has_inventories(known: Sequence[SourceRef], sources: Sequence[SourceRef], inventories: Inventories) -> bool:
+    """Whether the earlier state of files that went or changed can still be looked up."""
+    keys = {source.inventory_key for source in sources}
+    return all(inventories.exists(source.inventory_key) for source in known if source.inventory_key not in keys)
+
+
+def _affordable(sources: list[SourceRef], before: CorpusState | None, budget: int | None) -> list[SourceRef]:
+    """The files that the run takes in. New ones may wait for the next run, unless documents may have moved to them."""
+    known = {} if before is None else before.by_uri
+    keys = {source.source_uri: source.inventory_key for source in sources}
+    if budget is None or any(keys.get(uri) != source.inventory_key for uri, source in known.items()):
+        return sources
+    first = _first([source for source in sources if source.source_uri not in known], budget)
+    return [source for source in sources if source.source_uri in known or source.source_uri in first]
+
+
+def _stale(
+    asked: _Question, before: CorpusState | None, now: CorpusState, touched: set[str], budget: int | None
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Files all of whose documents are scored by this run, and by a later one."""
+    if before is None or asked.spec.full:
+        return frozenset(now.by_uri), frozenset()
+    stale = {uri for uri, source in before.by_uri.items() if source.scoring_fingerprint != asked.scoring_fingerprint}
+    if not stale:
+        return frozenset(), frozenset()
+    rest = [source for source in now.sources if source.source_uri in stale - touched]
+    first = {source.source_uri for source in rest} if budget is None else _first(rest, budget)
+    mixed = touched & now.by_uri.keys()  # documents that did not change may have come from a stale file
+    return frozenset(mixed | first), frozenset(source.source_uri for source in rest) - first
+
+
+def _first(sources: Sequence[SourceRef], num_documents: int) -> set[str]:
+    """As many files, at least one, as hold so many documents."""
+    first: set[str] = set()
+    for source in sources:
+        if num_documents <= 0:
+            break
+        first.add(source.source_uri)
+        num_documents -= source.num_documents
+    return first
+
+
+def _state(
+    sources: Iterable[SourceRef], duplicates: pl.DataFrame, inventories: Inventories, corpus: CorpusSpec
+) -> CorpusState:
+    return CorpusState(sources=tuple(sources), duplicates=duplicates, inventories=inventories, spec=corpus)
+
+
+def _sources(run: RunRef) -> list[SourceRef]:
+    return [SourceRef(**row) for row in storage.read_parquet(run.sources_uri).to_pylist()]
+
+
+def _read_sources(shown: Shown) -> list[SourceRef] | None:
+    """What the shown tables are of; None where that is not known any more, so that everything is scored again."""
+    return _sources(shown.run) if storage.exists(shown.run.sources_uri) else None
+
+
+def _read_duplicates(run: RunRef) -> pl.DataFrame:
+    return pl.DataFrame(storage.read_parquet(run.duplicates_uri))
+
+
+def _write_rejected(run: RunRef, found: _Comparison) -> ShardReceipt:
+    """Write the rows of new and changed files that are put aside."""
+    schema = data_contracts.arrow_schema("rejected")
+    path = run.path_of("rejected", PLAN_KEY)
+    counts = Counts()
+    with storage.parquet_writer(storage.join(run.output_uri, path), schema) as writer:
+        for source in sorted(found.now.sources, key=lambda source: source.source_uri):
+            if source.source_uri not in found.reread:
+                continue
+            rows = found.now.rejected(source.source_uri).with_columns(
+                source_uri=pl.lit(source.source_uri), run_id=pl.lit(run.run_id)
+            )
+            publishing.check(table := rows.select(schema.names).to_arrow().cast(schema), "rejected", source.source_uri)
+            writer.write_table(table)
+            reasons = dict(rows.group_by("reason").len().iter_rows())
+            counts += Counts(num_rejected=len(rows), rejected_by_reason=reasons)
+    file = FileReceipt(table="rejected", path=path, num_rows=counts.num_rejected)
+    return ShardReceipt(shard_key=PLAN_KEY, files=(file,), counts=counts, is_shard=False)
+
+
+def _write_rows(run: RunRef, asked: _Question, found: _Comparison) -> tuple[ShardRef, ...]:
+    """Write which rows of which shards are to be scored."""
+    files = {file.uri: file for file in asked.files}
+    shards = []
+    for source in found.now.sources:
+        rows = found.changes.rows_to_score.get(source.source_uri)
+        if rows is None:
+            continue
+        for shard, here in corpora.shards_with_rows(files[source.source_uri], rows):
+            storage.write_parquet(run.rows_uri(shard.key), pa.table({"row_index": pa.array(here, pa.int64())}))
+            shards.append(shard)
+    return tuple(shards)
+
+
+def _write_state(run: RunRef, asked: _Question, shown: Shown | None, found: _Comparison) -> TableChange:
+    """Write what the tables will be of, and which rows of theirs go."""
+    schema = data_contracts.arrow_schema("sources")
+    sources = pa.Table.from_pylist([source.model_dump() for source in found.now.sources], schema=schema)
+    publishing.check(sources, "sources", run.run_id)
+    storage.write_parquet(run.sources_uri, sources)
+    storage.write_parquet(run.duplicates_uri, found.now.duplicates.to_arrow())
+    marks = asked.spec.removed == "mark"
+    replaces_all = found.before is None or (not marks and found.to_rescore == found.now.by_uri.keys())
+    change = TableChange(base_run_id=None if shown is None else shown.run_id, replaces_all=replaces_all)
+    if replaces_all:
+        return change
+    removed = found.changes.removed
+    if not marks:
+        removed = pl.concat([removed, score_tables.marked(shown)]).unique().sort()
+    paths = {}
+    for name, keys in (("removed", removed.alias("doc_id")), ("reread", pl.Series("source_uri", sorted(found.reread)))):
+        if len(keys):
+            paths[f"{name}_path"] = f"runs/{run.run_id}/{name}.parquet"
+            column = keys.to_frame().to_arrow().cast(pa.schema([(keys.name, pa.string())]))
+            storage.write_parquet(storage.join(run.output_uri, paths[f"{name}_path"]), column)
+    return change.model_copy(update=paths)
