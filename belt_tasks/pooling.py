@@ -51,6 +51,38 @@ def pool_chunks(
     return log_odds - _log_segment_mean(logsigmoid(-logits_CL), weight_C1, doc_of_chunk_C, num_documents)
 
 
+def contributions(
+    outputs_CK: Tensor,
+    pooled_C: Tensor,
+    value_C: Tensor,
+    doc_of_chunk_C: Tensor,
+    new_tokens_C: Tensor,
+    *,
+    num_documents: int,
+    spec: PoolingSpec,
+) -> Tensor:
+    """What each chunk adds to what is pooled of some value: over a document, contributions add up to it.
+
+    A mean adds weight times value. A maximum is its first winner's value, to which the others add nothing.
+
+    Args:
+        outputs_CK: as `pool_chunks` takes them.
+        pooled_C: what is pooled of each chunk; decides which one wins.
+        value_C: what is told of each chunk, in the pooling's space.
+        doc_of_chunk_C: as `pool_chunks` takes it.
+        new_tokens_C: as `pool_chunks` takes it.
+        num_documents: D.
+        spec: strategy and space.
+
+    Returns:
+        float64 [C].
+    """
+    if spec.pooling_strategy == "max":
+        winner_D = winning_chunk(pooled_C, doc_of_chunk_C, num_documents)
+        return torch.zeros_like(value_C).index_copy(0, winner_D, value_C[winner_D])
+    return _weights(outputs_CK.double(), doc_of_chunk_C, new_tokens_C, num_documents, spec) * value_C
+
+
 def winning_chunk(values_C: Tensor, doc_of_chunk_C: Tensor, num_documents: int) -> Tensor:
     """The row of each document's largest value, the first of equals: int64 [D]."""
     return _segment_argmax(values_C[:, None], doc_of_chunk_C, num_documents)[:, 0]

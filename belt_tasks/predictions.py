@@ -9,6 +9,7 @@ import polars as pl
 import pyarrow as pa
 
 import data_contracts
+from belt_tasks import evidence
 from belt_tasks.prepare import TokenBlock
 from belt_tasks.specs import Head
 from belt_tasks.tokens import Tokens
@@ -129,13 +130,7 @@ def _lists(values_DL: npt.NDArray[np.generic], keep_DL: npt.NDArray[np.bool_] | 
 
 def _top_chunks(top_row_D: npt.NDArray[np.int64], windows: Windows, tokens: Tokens) -> pa.StructArray:
     """Index and characters of each document's top chunk; of an empty chunk the characters are [0, 0)."""
-    first_D, last_D = windows.start_C[top_row_D], windows.stop_C[top_row_D] - 1
-    empty_D = last_D < first_D
-    base_D = tokens.offsets[:-1]
-    start_D = np.zeros(len(top_row_D), dtype=np.int32)
-    stop_D = np.zeros(len(top_row_D), dtype=np.int32)
-    start_D[~empty_D] = tokens.start_char_T[(base_D + first_D)[~empty_D]]
-    stop_D[~empty_D] = tokens.stop_char_T[(base_D + last_D)[~empty_D]]
+    start_D, stop_D = evidence.spans(top_row_D, np.arange(len(top_row_D)), windows, tokens)
     index_D = windows.chunk_index_C[top_row_D].astype(np.int32)
     return pa.StructArray.from_arrays(
         [pa.array(index_D), pa.array(start_D), pa.array(stop_D)], ["chunk_index", "start_char", "stop_char"]

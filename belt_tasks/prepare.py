@@ -48,6 +48,7 @@ def token_blocks(
     duplicates_uri: str | None = None,
     rows: npt.NDArray[np.int64] | None = None,
     label_role: LabelRole = "none",
+    keep_text: bool = False,
 ) -> Generator[TokenBlock]:
     """Read and tokenize a shard, block by block; the last block may hold rejected rows alone.
 
@@ -59,6 +60,7 @@ def token_blocks(
         duplicates_uri: table of rows whose doc_id came before; None where there is none.
         rows: positions in the file of the rows that are wanted; None wants all.
         label_role: how to read the label column.
+        keep_text: whether the documents keep their column `text`.
 
     Raises:
         ShardError: the file became unreadable after planning.
@@ -77,7 +79,8 @@ def token_blocks(
             with stopwatch.time("tokenize"):
                 tokens.append(tokenizer.tokenize(batch.good["text"].to_list()))
                 fingerprints = content_fingerprints(batch.good["text"])
-                documents.append(batch.good.drop("text").with_columns(content_fingerprint=fingerprints))
+                good = batch.good if keep_text else batch.good.drop("text")
+                documents.append(good.with_columns(content_fingerprint=fingerprints))
             rejected.append(batch.rejected)
             num_rows = len(batch.good) + len(batch.rejected)
             num_tokens += len(tokens[-1].input_ids_T) + ROW_TOKENS * num_rows

@@ -31,7 +31,7 @@ from belt_tasks.errors import ConfigError, ContractError, RejectedError
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
 from belt_tasks.specs import Spec
 
-SORTED_BY = {"predictions": ["doc_id"]}
+SORTED_BY = {"predictions": ["doc_id"], "evidence": ["doc_id", "rank"]}
 """Tables whose objects are sorted, since a run's are merged into a published table."""
 
 
@@ -141,26 +141,29 @@ def check(table: pa.Table, name: str, where: str) -> None:
 class ShardWriter:
     """Writes one shard's tables: streamed to temporary files, checked against contracts, put when all is there."""
 
-    def __init__(self, stack: ExitStack, run: RunRef, shard: ShardRef, table: str) -> None:
-        self._run, self._shard, self._table = run, shard, table
-        self._writers = {name: self._open(stack, name) for name in (table, "rejected")}
-        self._num_rows = {table: 0, "rejected": 0}
+    def __init__(self, stack: ExitStack, run: RunRef, shard: ShardRef, tables: Sequence[str]) -> None:
+        self._run, self._shard, self._table = run, shard, tables[0]
+        self._writers = {name: self._open(stack, name) for name in (*tables, "rejected")}
+        self._num_rows = dict.fromkeys(self._writers, 0)
         self._rejected_by_reason: dict[str, int] = {}
 
     @classmethod
     @contextmanager
-    def open(cls, run: RunRef, shard: ShardRef, *, table: str) -> Iterator[Self]:
-        """The objects appear when the block ends well, and not when it raises."""
-        with ExitStack() as stack:
-            yield cls(stack, run, shard, table)
+    def open(cls, run: RunRef, shard: ShardRef, *, table: str, more: Sequence[str] = ()) -> Iterator[Self]:
+        """The objects of a shard's table, of more tables, and of rejected rows.
 
-    def write(self, table: pa.Table) -> None:
-        """Append rows of the shard's table.
+        They appear when the block ends well, and not when it raises.
+        """
+        with ExitStack() as stack:
+            yield cls(stack, run, shard, (table, *more))
+
+    def write(self, rows: pa.Table, name: str | None = None) -> None:
+        """Append rows of the shard's table, or of another that was opened.
 
         Raises:
             ContractError: they do not satisfy the contract.
         """
-        self._write(self._table, table)
+        self._write(name or self._table, rows)
 
     def reject(self, rows: pl.DataFrame) -> None:
         """Append source rows that were put aside: source_uri, row_index, doc_id, reason, detail."""

@@ -88,10 +88,11 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
     if wanted not in shown:
         raise ConfigError(f"{output_uri}: run must be one that was shown: {', '.join(names)}; got {wanted!r}")
     version = lake.restore(predictions, shown[wanted], run_id=wanted)
-    rejected = table_at(output_uri, "rejected")
-    of_rejected = lake.versions_by_run(rejected)
-    if wanted in of_rejected:
-        lake.restore(rejected, of_rejected[wanted], run_id=wanted)
+    for name in ("evidence", "rejected"):
+        follower = table_at(output_uri, name)
+        versions = lake.versions_by_run(follower)
+        if wanted in versions:
+            lake.restore(follower, versions[wanted], run_id=wanted)
     return RolledBack(run_id=wanted, from_run_id=now, version=version)
 
 

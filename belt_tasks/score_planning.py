@@ -217,7 +217,7 @@ def _run_id(asked: _Question, shown: Shown | None) -> str:
     )
 
 
-DECIDING = {"full", "removed", "publish_every"}
+DECIDING = {"full", "removed", "publish_every", "evidence", "num_evidence_chunks", "evidence_text"}
 """Fields of a spec that decide what a run does to the tables, besides those of the scoring fingerprint."""
 
 

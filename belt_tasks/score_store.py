@@ -7,10 +7,12 @@ again without the encoder. A run that goes on in another process starts with an 
 
 import sqlite3
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from belt_tasks.evidence import CHUNK
 
 CACHE_KIB = 16_384
 MOST_PARAMETERS = 500
@@ -24,6 +26,8 @@ class StoredScore:
     """Pooled."""
     top_chunk: int
     """Which of the document's chunks speaks most for its label, counted from its first."""
+    ranked: npt.NDArray[np.void] = field(default_factory=lambda: np.empty(0, CHUNK))
+    """Chunks to show as evidence; see `evidence.CHUNK`."""
 
 
 class ScoreStore:
@@ -35,16 +39,20 @@ class ScoreStore:
         self._connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         self._connection.execute("PRAGMA journal_mode = OFF")
         self._connection.execute(
-            "CREATE TABLE scores (fingerprint BLOB PRIMARY KEY, logits BLOB, top_chunk INTEGER) WITHOUT ROWID"
+            "CREATE TABLE scores (fingerprint BLOB PRIMARY KEY, logits BLOB, top_chunk INTEGER, ranked BLOB) "
+            "WITHOUT ROWID"
         )
 
     def put(self, scores: dict[str, StoredScore]) -> None:
         """Keep scores by the hex digits of their text's fingerprint; what is there already stays."""
-        rows = [(bytes.fromhex(key), score.logits_L.tobytes(), score.top_chunk) for key, score in scores.items()]
+        rows = [
+            (bytes.fromhex(key), score.logits_L.tobytes(), score.top_chunk, score.ranked.tobytes())
+            for key, score in scores.items()
+        ]
         with self._lock:
             self._connection.execute("BEGIN")
             try:
-                self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
+                self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)", rows)
             finally:
                 self._connection.execute("COMMIT")
 
@@ -56,11 +64,15 @@ class ScoreStore:
             marks = ",".join("?" * len(keys))
             with self._lock:
                 rows = self._connection.execute(
-                    f"SELECT fingerprint, logits, top_chunk FROM scores WHERE fingerprint IN ({marks})",  # noqa: S608 - marks
+                    f"SELECT fingerprint, logits, top_chunk, ranked FROM scores WHERE fingerprint IN ({marks})",  # noqa: S608 - marks
                     keys,
                 ).fetchall()
-            for key, logits, top_chunk in rows:
-                found[key.hex()] = StoredScore(logits_L=np.frombuffer(logits, np.float32), top_chunk=top_chunk)
+            for key, logits, top_chunk, ranked in rows:
+                found[key.hex()] = StoredScore(
+                    logits_L=np.frombuffer(logits, np.float32),
+                    top_chunk=top_chunk,
+                    ranked=np.frombuffer(ranked, CHUNK),
+                )
         return found
 
     def __del__(self) -> None:

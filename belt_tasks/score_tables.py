@@ -1,6 +1,7 @@
-"""Score tables: what scoring runs show in the lake, for BI: predictions, rejected and runs.
+"""Score tables: what scoring runs show in the lake, for BI: predictions, evidence, rejected and runs.
 
     OUTPUT/tables/predictions    one row per document of the corpus
+    OUTPUT/tables/evidence       the chunks that speak most for each document's label
     OUTPUT/tables/rejected       the rows of the corpus that are put aside
     OUTPUT/tables/runs           one row per run that was shown, now or before
 
@@ -9,7 +10,7 @@ follow it, and an attempt that is killed between them is completed before the ne
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import polars as pl
@@ -23,7 +24,12 @@ from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import Spec
 
 MOST_ATTEMPTS = 10
-SORTED_BY = {"predictions": ("doc_id",), "rejected": ("source_uri", "row_index"), "runs": ("run_id",)}
+SORTED_BY = {
+    "predictions": ("doc_id",),
+    "evidence": ("doc_id", "rank"),
+    "rejected": ("source_uri", "row_index"),
+    "runs": ("run_id",),
+}
 """The columns of each published table that its rows are sorted by; the first is what runs replace rows by."""
 
 
@@ -53,7 +59,7 @@ class Shown:
 
 
 def table_at(output_uri: str, name: str) -> TableRef:
-    """A published table of an output: predictions, rejected or runs."""
+    """A published table of an output: predictions, evidence, rejected or runs."""
     key, *order = SORTED_BY[name]
     return TableRef(uri=storage.join(output_uri, "tables", name), name=name, key=key, order=tuple(order))
 
@@ -115,6 +121,9 @@ def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None)
     if not storage.exists(row_uri):
         storage.write_parquet(row_uri, _row(manifest))
     _follow(run, table_at(run.output_uri, "runs"), Change(new_uris=(row_uri,)))
+    evidence = table_at(run.output_uri, "evidence")
+    if manifest.uris(run.output_uri, "evidence") or evidence.load() is not None:
+        _follow(run, evidence, _evidence_change(run, manifest))
     rejected = _change(run, manifest, "rejected", manifest.change.reread_path)
     _follow(run, table_at(run.output_uri, "rejected"), rejected)
     return PublishedTables(predictions_uri=predictions.uri, version=committed.version, reused=committed.reused)
@@ -147,6 +156,14 @@ def _change(
         replaces_all=manifest.change is not None and manifest.change.replaces_all,
         marked_at=marked_at,
     )
+
+
+def _evidence_change(run: RunRef, manifest: Manifest) -> Change:
+    """Evidence follows its documents' predictions; of marked ones it stays."""
+    gone = None if manifest.change is None or manifest.change.marked_at else manifest.change.removed_path
+    change = _change(run, manifest, "evidence", gone)
+    scored = manifest.uris(run.output_uri, "predictions")  # their old evidence goes also where no new one comes
+    return replace(change, removed_uris=(*change.removed_uris, *scored))
 
 
 def _follow(run: RunRef, table: TableRef, change: Change) -> Committed | None:

@@ -17,6 +17,7 @@ from belt_tasks.checkpoint import Checkpoint
 from belt_tasks.cost import needed_flops
 from belt_tasks.engine import ChunkEncoder
 from belt_tasks.errors import ConfigError
+from belt_tasks.evidence import CHUNK, ChunkEvidence
 from belt_tasks.predictions import DocumentScores
 from belt_tasks.receipts import Counts
 from belt_tasks.specs import BatchSpec, ChunkSpec, Head, PoolingSpec, ScoreSpec
@@ -102,6 +103,43 @@ def score_windows(outputs_CK: Tensor, windows: Windows, *, spec: PoolingSpec, he
     )
 
 
+def chunk_evidence(
+    outputs_CK: Tensor, windows: Windows, label_D: Int64, *, spec: PoolingSpec, head: Head
+) -> ChunkEvidence:
+    """What every chunk says about its document's label, and adds to what is pooled for it.
+
+    Args:
+        outputs_CK: chunk outputs in the order of the windows.
+        windows: of D documents.
+        label_D: position among the head's labels.
+        spec: pooling.
+        head: task and labels.
+    """
+    logits_CL = outputs_CK[:, : head.num_logits].double()
+    scores_CL = heads.scores(logits_CL, head)
+    doc_of_chunk_C = torch.from_numpy(windows.doc_of_chunk_C)
+    label_C1 = torch.from_numpy(label_D)[doc_of_chunk_C][:, None]
+    score_C = scores_CL.gather(1, label_C1)[:, 0]
+    if head.task == "binary":  # one logit, that of the second label
+        pooled_C, logit_C = logits_CL[:, 0], torch.where(label_C1[:, 0] == 1, logits_CL[:, 0], -logits_CL[:, 0])
+    else:
+        logit_C = logits_CL.gather(1, label_C1)[:, 0]
+        is_softmaxed = head.task == "multiclass" and spec.pooling_space == "probabilities"
+        pooled_C = score_C if is_softmaxed else logit_C
+    return ChunkEvidence(
+        score_C=score_C.numpy(),
+        contribution_C=pooling.contributions(
+            outputs_CK,
+            pooled_C,
+            logit_C if spec.pooling_space == "logits" else score_C,
+            doc_of_chunk_C,
+            torch.from_numpy(windows.new_tokens_C()),
+            num_documents=len(label_D),
+            spec=spec,
+        ).numpy(),
+    )
+
+
 def resolve(checkpoint: Checkpoint, spec: ScoreSpec) -> ScoreSpec:
     """Fill what a spec leaves to the checkpoint and the device, and check that all of it fits.
 
@@ -140,6 +178,8 @@ class Scorer:
     chunks: ChunkSpec
     pooling: PoolingSpec
     batches: BatchSpec
+    most_evidence: int | None
+    """Chunks of a document to show as evidence; None is all."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, spec: ScoreSpec) -> Self:
@@ -157,6 +197,7 @@ class Scorer:
             chunks=spec.chunks,
             pooling=spec.pooling,
             batches=spec.batches,
+            most_evidence={"none": 0, "top": spec.num_evidence_chunks, "all": None}[spec.evidence],
         )
 
     def windows(self, tokens: Tokens, content_fingerprints_D: pl.Series) -> Windows:
@@ -178,6 +219,14 @@ class Scorer:
     def pool(self, outputs_CK: Tensor, windows: Windows) -> DocumentScores:
         """Scores of the documents whose windows were encoded."""
         return score_windows(outputs_CK, windows, spec=self.pooling, head=self.checkpoint.head)
+
+    def evidence(self, outputs_CK: Tensor, windows: Windows, scores: DocumentScores) -> list[npt.NDArray[np.void]]:
+        """The chunks to show for each document whose windows were encoded; see `ChunkEvidence.ranked`."""
+        if self.most_evidence == 0:
+            return [np.empty(0, CHUNK)] * len(scores.top_chunk_D)
+        label_D = scores.scores_DL.argmax(axis=1)
+        said = chunk_evidence(outputs_CK, windows, label_D, spec=self.pooling, head=self.checkpoint.head)
+        return said.ranked(windows.doc_offsets, most=self.most_evidence)
 
     def cost(self, windows: Windows) -> Counts:
         """What it takes to encode some windows, besides seconds."""

@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from belt_tasks import heads, predictions, prepare, progress, publishing, score_store, storage
+from belt_tasks import evidence, heads, predictions, prepare, progress, publishing, score_store, storage
 from belt_tasks.checkpoint import cache
 from belt_tasks.corpus import ShardRef
 from belt_tasks.memory import give_back
@@ -53,6 +54,8 @@ class ScoredBlock:
 
     scores: DocumentScores | None
     """None where there is no document."""
+    ranked_D: list[npt.NDArray[np.void]]
+    """The chunks of each document that are shown as evidence."""
     counts: Counts
     """What was scored, and what that took."""
 
@@ -98,7 +101,14 @@ def score_shard(
     )
     stopwatch, counts = Stopwatch(), Counts()
     rows = None if rows_uri is None else storage.read_parquet(rows_uri)["row_index"].to_numpy()
-    blocks = prepare.token_blocks(shard, corpus, scorer.checkpoint.tokenizer, rows=rows, stopwatch=stopwatch)
+    blocks = prepare.token_blocks(
+        shard,
+        corpus,
+        scorer.checkpoint.tokenizer,
+        rows=rows,
+        stopwatch=stopwatch,
+        keep_text=spec.evidence_text and spec.evidence != "none",
+    )
     planned = planned_blocks(blocks, scorer, claims, stopwatch)
 
     def finish(encoded: tuple[PlannedBlock, Tensor | None]) -> None:
@@ -119,12 +129,15 @@ def score_shard(
                 )
                 writer.write(good)
                 writer.reject(bad)
+                if spec.evidence != "none":
+                    writer.write(_evidence(block, windows, scored, scorer, run.run_id), "evidence")
                 counts += Counts(num_documents=good.num_rows)
         counts += scored.counts
 
+    more = () if spec.evidence == "none" else ("evidence",)
     try:
         with (
-            ShardWriter.open(run, shard, table="predictions") as writer,
+            ShardWriter.open(run, shard, table="predictions", more=more) as writer,
             ahead(planned, most=MOST_WAITING) as ready,
             behind(finish, most=MOST_WAITING) as hand_over,
         ):
@@ -176,12 +189,15 @@ def score_block(planned: PlannedBlock, outputs_CK: Tensor | None, scorer: Scorer
     """Pool what was encoded, store it, and take the scores of all documents from the store."""
     block, fingerprints_D = planned.block, planned.block.documents["content_fingerprint"]
     if len(fingerprints_D) == 0:
-        return ScoredBlock(scores=None, counts=Counts())
+        return ScoredBlock(scores=None, ranked_D=[], counts=Counts())
     encoded = Counts()
     if outputs_CK is not None and planned.new_windows is not None:
         fresh = scorer.pool(outputs_CK, planned.new_windows)
-        rows = zip(fresh.logits_DL, fresh.top_chunk_D.tolist(), strict=True)
-        scores = [StoredScore(logits_L=logits_L, top_chunk=top_chunk) for logits_L, top_chunk in rows]
+        ranked_D = scorer.evidence(outputs_CK, planned.new_windows, fresh)
+        rows = zip(fresh.logits_DL, fresh.top_chunk_D.tolist(), ranked_D, strict=True)
+        scores = [
+            StoredScore(logits_L=logits_L, top_chunk=top_chunk, ranked=ranked) for logits_L, top_chunk, ranked in rows
+        ]
         claims.settle(dict(zip(fingerprints_D.gather(planned.new_documents), scores, strict=True)))
         encoded = prepare.count(planned.new_windows, block.tokens) + scorer.cost(planned.new_windows)
     known = claims.store.get(fingerprints_D.unique().to_list())
@@ -194,6 +210,7 @@ def score_block(planned: PlannedBlock, outputs_CK: Tensor | None, scorer: Scorer
             scores_DL=heads.scores(torch.from_numpy(logits_DL).double(), scorer.checkpoint.head).numpy(),
             top_chunk_D=np.array([score.top_chunk for score in stored]),
         ),
+        ranked_D=[score.ranked for score in stored],
         counts=encoded.model_copy(
             update={
                 "num_documents": 0,  # known when they are written
@@ -202,4 +219,19 @@ def score_block(planned: PlannedBlock, outputs_CK: Tensor | None, scorer: Scorer
                 "num_tokens_scored": counts.num_tokens_scored,
             }
         ),
+    )
+
+
+def _evidence(block: TokenBlock, windows: Windows, scored: ScoredBlock, scorer: Scorer, run_id: str) -> pa.Table:
+    """Rows of the evidence table, of the documents that have a prediction."""
+    if scored.scores is None:
+        raise AssertionError("there are documents")
+    names = np.array(scorer.checkpoint.head.labels, dtype=object)
+    return evidence.build(
+        block,
+        windows,
+        scored.ranked_D,
+        label_D=names[scored.scores.scores_DL.argmax(axis=1)],
+        keep_D=np.asarray(np.isfinite(scored.scores.logits_DL).all(axis=1)),
+        run_id=run_id,
     )

@@ -12,6 +12,7 @@ TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
 PoolingStrategy = Literal["mean", "max", "length_weighted_mean", "attention"]
 PoolingSpace = Literal["logits", "probabilities"]
 Selection = Literal["all", "head", "head_tail", "random_k"]
+Evidence = Literal["none", "top", "all"]
 Removed = Literal["delete", "mark"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -162,6 +163,15 @@ class ScoreSpec(Spec):
 
     max_rejected_share: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of rows put aside above which nothing is published; of the rows in the files that the run reads."""
+
+    evidence: Evidence = "top"
+    """Chunks of a document that table evidence shows: the top ones, all, or none; with none there is no such table."""
+
+    num_evidence_chunks: int = Field(default=3, ge=1)
+    """How many chunks of a document `evidence: top` shows, those that contribute most to its label."""
+
+    evidence_text: bool = False
+    """Copy the passages into table evidence; without it texts stay where they are, and spans lead there."""
 
     full: bool = False
     """Score every document again, not only those that are new or changed since the last run."""

@@ -23,6 +23,7 @@ TABLES: Final[tuple[str, ...]] = (
     "tokens",
     "chunks",
     "predictions",
+    "evidence",
     "rejected",
     "runs",
 )

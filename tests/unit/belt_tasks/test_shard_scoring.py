@@ -707,7 +707,7 @@ def test_a_shard_that_fails_leaves_the_others_as_they_are(tmp_path, tiny_checkpo
     assert everything(run) == before
     finished += score(shards[2:], run, tiny_checkpoint)
 
-    assert len(before) == 3
+    assert len(before) == 4
     assert table(run, finished)["doc_id"].to_list() == [f"doc-{i}" for i in (0, 1, 2, 6, 7, 8)]
 
 

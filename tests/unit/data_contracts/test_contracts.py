@@ -73,6 +73,12 @@ def _predictions(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
     }
 
 
+def _evidence(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
+    starts = {what: [draw.randrange(0, 2000) for _ in range(num_rows)] for what in ("token", "char")}
+    stops = {f"stop_{what}": [start + draw.randrange(0, 9) for start in begun] for what, begun in starts.items()}
+    return {**{f"start_{what}": begun for what, begun in starts.items()}, **stops}
+
+
 def _rejected(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
     return {"reason": [draw.choice(_enum("rejected", "reason")) for _ in range(num_rows)]}
 
@@ -110,6 +116,7 @@ DRAWN = {
     "tokens": _tokens,
     "chunks": _chunks,
     "predictions": _predictions,
+    "evidence": _evidence,
     "rejected": _rejected,
     "runs": _runs,
 }
@@ -292,6 +299,16 @@ EXPECTED: dict[str, dict[str, pa.DataType]] = {
         "run_id": pa.string(),
         "scored_at": TIME,
         "removed_at?": TIME,
+    },
+    "evidence": {
+        "doc_id": pa.string(),
+        **{name: pa.int32() for name in ("chunk_index", "rank")},
+        "label": pa.string(),
+        "score": pa.float64(),
+        "contribution": pa.float64(),
+        **{name: pa.int32() for name in ("start_token", "stop_token", "start_char", "stop_char")},
+        "text?": pa.string(),
+        "run_id": pa.string(),
     },
     "rejected": {
         "source_uri": pa.string(),
