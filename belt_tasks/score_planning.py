@@ -5,29 +5,23 @@ from and of everything that decides the result, so that a run that was killed is
 shown already is not done again.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
 import data_contracts
-from belt_tasks import changes, encoder, inventory, planning, progress, publishing, score_tables, scoring, storage
-from belt_tasks import checkpoint as checkpoints
+from belt_tasks import comparison, inventory, planning, progress, publishing, score_tables, storage
 from belt_tasks import corpus as corpora
-from belt_tasks.changes import ChangeCounts, Changes, CorpusState
+from belt_tasks.changes import ChangeCounts
+from belt_tasks.comparison import Comparison, Question
 from belt_tasks.corpus import ShardRef
-from belt_tasks.errors import ConfigError
 from belt_tasks.inventory import Inventories, SourceRef
 from belt_tasks.publishing import Manifest, RunRef, TableChange, run_id_of
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt
 from belt_tasks.score_tables import Shown
 from belt_tasks.specs import CorpusSpec, ScoreSpec, Spec
-from belt_tasks.storage import StoredFile
 
-SCORING_FORMAT = 1
-"""Another one where belt would give the same document other scores, beyond float noise."""
 PLAN_KEY = "plan"  # in the place of a shard's key
 
 
@@ -88,33 +82,6 @@ class ScorePlan(Spec):
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Question:
-    """What is asked for, with all that the checkpoint and the device decide."""
-
-    files: list[StoredFile]
-    corpus: CorpusSpec
-    spec: ScoreSpec
-    checkpoint_uri: str
-    checkpoint_digest: str
-    scoring_fingerprint: str
-    labels: tuple[str, ...]
-    device: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Comparison:
-    """The corpus as the run will leave it, against what is shown."""
-
-    before: CorpusState | None
-    now: CorpusState
-    to_rescore: frozenset[str]
-    reread: frozenset[str]
-    """Files of either state whose rejected rows are found anew."""
-    changes: Changes
-    is_last: bool
-
-
 def plan_scoring(
     corpus_uri: str, checkpoint_uri: str, output_uri: str, corpus: CorpusSpec, spec: ScoreSpec
 ) -> ScorePlan:
@@ -124,30 +91,30 @@ def plan_scoring(
         ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
         RejectedError: too many rows are broken; nothing was scored.
     """
-    asked = _ask(corpus_uri, checkpoint_uri, corpus, spec)
+    asked = comparison.ask(corpus_uri, checkpoint_uri, corpus, spec)
     output_uri = planning.open_run(output_uri, "", flow="score").output_uri
     score_tables.finish(output_uri)
     shown = score_tables.shown(output_uri)
     base_version = None if shown is None else shown.version
-    known = None if shown is None else _read_sources(shown)
-    if shown is not None and known is not None and _is_current(asked, shown, known):
+    known = None if shown is None else comparison.read_sources(shown)
+    if shown is not None and known is not None and comparison.is_current(asked, shown, known):
         return ScorePlan(run=shown.run, manifest=shown.manifest, **_present(asked, base_version))
     run = RunRef(output_uri=output_uri, run_id=_run_id(asked, shown))
     plan = _read_plan(run)
     if plan is None:
-        plan = _plan_changes(asked, corpus_uri, run, shown, known)
-    plan = plan.model_copy(update=_present(asked, base_version) | {"manifest": publishing.find_complete(run)})
-    plan.check_rejected_share(Counts())
-    progress.advance("tokenize", 0, num_more=plan.num_rows_to_score)
+        plan = _plan_changes(asked, run, shown, known)
+    found = {"run": run, "manifest": publishing.find_complete(run)}
+    plan = plan.model_copy(update=_present(asked, base_version) | found)
+    if plan.manifest is None:
+        plan.check_rejected_share(Counts())
+        progress.advance("tokenize", 0, num_more=plan.num_rows_to_score)
     return plan
 
 
-def _plan_changes(
-    asked: _Question, corpus_uri: str, run: RunRef, shown: Shown | None, known: list[SourceRef] | None
-) -> ScorePlan:
+def _plan_changes(asked: Question, run: RunRef, shown: Shown | None, known: list[SourceRef] | None) -> ScorePlan:
     """Find what changed, and write all that the run needs to know of it; the plan itself last."""
     inventories = Inventories(root_uri=storage.join(run.output_uri, "inventory"))
-    found = _compare(asked, corpus_uri, shown, known, inventories)
+    found = comparison.compare(asked, shown, known, inventories)
     plan = ScorePlan(
         run=run,
         shards=_write_rows(run, asked, found),
@@ -168,32 +135,7 @@ def _read_plan(run: RunRef) -> ScorePlan | None:
     return ScorePlan.model_validate_json(storage.read_bytes(run.plan_uri)) if storage.exists(run.plan_uri) else None
 
 
-def _ask(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec, spec: ScoreSpec) -> _Question:
-    files = storage.list_files(corpus_uri, suffix=".parquet")
-    checkpoint_uri = storage.absolute(checkpoints.resolve(checkpoint_uri))
-    device = encoder.choose_device(spec.device)
-    checkpoint = checkpoints.cache.get(checkpoint_uri, checkpoints.checkpoint_digest(checkpoint_uri))
-    spec = scoring.resolve(checkpoint, spec)
-    return _Question(
-        files=files,
-        corpus=corpus,
-        spec=spec,
-        checkpoint_uri=checkpoint_uri,
-        checkpoint_digest=checkpoint.digest,
-        scoring_fingerprint=publishing.digest_of(
-            format=SCORING_FORMAT,
-            checkpoint_digest=checkpoint.digest,
-            chunks=spec.chunks,
-            pooling=spec.pooling,
-            precision=spec.precision,
-            threshold=spec.threshold,
-        ),
-        labels=checkpoint.head.labels,
-        device=encoder.device_name(device),
-    )
-
-
-def _present(asked: _Question, base_version: int | None) -> dict[str, Any]:
+def _present(asked: Question, base_version: int | None) -> dict[str, Any]:
     """What a plan says of the present attempt; another one may be made elsewhere."""
     return {
         "spec": asked.spec,
@@ -206,7 +148,7 @@ def _present(asked: _Question, base_version: int | None) -> dict[str, Any]:
     }
 
 
-def _run_id(asked: _Question, shown: Shown | None) -> str:
+def _run_id(asked: Question, shown: Shown | None) -> str:
     keys = [inventory.key_of(file, asked.corpus) for file in asked.files]
     return run_id_of(
         keys,
@@ -221,141 +163,7 @@ DECIDING = {"full", "removed", "publish_every", "evidence", "num_evidence_chunks
 """Fields of a spec that decide what a run does to the tables, besides those of the scoring fingerprint."""
 
 
-def _is_current(asked: _Question, shown: Shown, known: Sequence[SourceRef]) -> bool:
-    """Whether the shown tables are those of this corpus under these rules."""
-    policy = ScoreSpec.model_validate_json(shown.manifest.run["spec"]).removed
-    return not asked.spec.full and policy == asked.spec.removed and _are_all_of(asked, known)
-
-
-def _are_all_of(asked: _Question, sources: Sequence[SourceRef]) -> bool:
-    keys = [inventory.key_of(file, asked.corpus) for file in asked.files]
-    return [source.inventory_key for source in sources] == keys and all(
-        source.scoring_fingerprint == asked.scoring_fingerprint for source in sources
-    )
-
-
-def _compare(
-    asked: _Question,
-    corpus_uri: str,
-    shown: Shown | None,
-    known: list[SourceRef] | None,
-    inventories: Inventories,
-) -> _Comparison:
-    sources = _take(asked, corpus_uri, known, inventories)
-    before = None
-    if shown is not None and known is not None and _has_inventories(known, sources, inventories):
-        before = _state(known, _read_duplicates(shown.run), inventories, asked.corpus)
-    budget = asked.spec.publish_every
-    chosen = _affordable(sources, before, budget)
-    now = _state(chosen, inventory.duplicate_rows(chosen, inventories), inventories, asked.corpus)
-    touched = changes.touched(before, now)
-    to_rescore, waiting = _stale(asked, before, now, touched, budget)
-    if before is not None and waiting:
-        left = [before.by_uri[source.source_uri] if source.source_uri in waiting else source for source in chosen]
-        now = _state(left, now.duplicates, inventories, asked.corpus)
-    unscored = score_tables.never_scored(shown, touched)
-    return _Comparison(
-        before=before,
-        now=now,
-        to_rescore=to_rescore,
-        reread=frozenset(touched | to_rescore),
-        changes=changes.compare(before, now, to_rescore=to_rescore, never_scored=unscored),
-        is_last=not waiting and len(chosen) == len(sources),
-    )
-
-
-def _take(
-    asked: _Question, corpus_uri: str, known: list[SourceRef] | None, inventories: Inventories
-) -> list[SourceRef]:
-    """The corpus's files as the run will have scored them; those that are new or changed are read."""
-    counts = {}
-    if known is not None and not asked.spec.full:
-        counts = {source.inventory_key: (source.num_rows, source.num_documents) for source in known}
-    missing = [file for file in asked.files if inventory.key_of(file, asked.corpus) not in counts]
-    counts |= inventory.take(missing, asked.corpus, inventories)
-    sources = []
-    for file in asked.files:
-        key = inventory.key_of(file, asked.corpus)
-        sources.append(
-            SourceRef(
-                source_uri=file.uri,
-                version=file.version,
-                num_bytes=file.num_bytes,
-                num_rows=counts[key][0],
-                num_documents=counts[key][1],
-                inventory_key=key,
-                scoring_fingerprint=asked.scoring_fingerprint,
-            )
-        )
-    if sum(source.num_rows for source in sources) == 0:
-        if asked.corpus.split_column is None:
-            raise ConfigError(f"{corpus_uri}: no rows in its {len(sources)} files")
-        raise ConfigError(corpora.no_rows_of_split(corpus_uri, asked.corpus))
-    return sources
-
-
-def _has_inventories(known: Sequence[SourceRef], sources: Sequence[SourceRef], inventories: Inventories) -> bool:
-    """Whether the earlier state of files that went or changed can still be looked up."""
-    keys = {source.inventory_key for source in sources}
-    return all(inventories.exists(source.inventory_key) for source in known if source.inventory_key not in keys)
-
-
-def _affordable(sources: list[SourceRef], before: CorpusState | None, budget: int | None) -> list[SourceRef]:
-    """The files that the run takes in. New ones may wait for the next run, unless documents may have moved to them."""
-    known = {} if before is None else before.by_uri
-    keys = {source.source_uri: source.inventory_key for source in sources}
-    if budget is None or any(keys.get(uri) != source.inventory_key for uri, source in known.items()):
-        return sources
-    first = _first([source for source in sources if source.source_uri not in known], budget)
-    return [source for source in sources if source.source_uri in known or source.source_uri in first]
-
-
-def _stale(
-    asked: _Question, before: CorpusState | None, now: CorpusState, touched: set[str], budget: int | None
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Files all of whose documents are scored by this run, and by a later one."""
-    if before is None or asked.spec.full:
-        return frozenset(now.by_uri), frozenset()
-    stale = {uri for uri, source in before.by_uri.items() if source.scoring_fingerprint != asked.scoring_fingerprint}
-    if not stale:
-        return frozenset(), frozenset()
-    rest = [source for source in now.sources if source.source_uri in stale - touched]
-    first = {source.source_uri for source in rest} if budget is None else _first(rest, budget)
-    mixed = touched & now.by_uri.keys()  # documents that did not change may have come from a stale file
-    return frozenset(mixed | first), frozenset(source.source_uri for source in rest) - first
-
-
-def _first(sources: Sequence[SourceRef], num_documents: int) -> set[str]:
-    """As many files, at least one, as hold so many documents."""
-    first: set[str] = set()
-    for source in sources:
-        if num_documents <= 0:
-            break
-        first.add(source.source_uri)
-        num_documents -= source.num_documents
-    return first
-
-
-def _state(
-    sources: Iterable[SourceRef], duplicates: pl.DataFrame, inventories: Inventories, corpus: CorpusSpec
-) -> CorpusState:
-    return CorpusState(sources=tuple(sources), duplicates=duplicates, inventories=inventories, spec=corpus)
-
-
-def _sources(run: RunRef) -> list[SourceRef]:
-    return [SourceRef(**row) for row in storage.read_parquet(run.sources_uri).to_pylist()]
-
-
-def _read_sources(shown: Shown) -> list[SourceRef] | None:
-    """What the shown tables are of; None where that is not known any more, so that everything is scored again."""
-    return _sources(shown.run) if storage.exists(shown.run.sources_uri) else None
-
-
-def _read_duplicates(run: RunRef) -> pl.DataFrame:
-    return pl.DataFrame(storage.read_parquet(run.duplicates_uri))
-
-
-def _write_rejected(run: RunRef, found: _Comparison) -> ShardReceipt:
+def _write_rejected(run: RunRef, found: Comparison) -> ShardReceipt:
     """Write the rows of new and changed files that are put aside."""
     schema = data_contracts.arrow_schema("rejected")
     path = run.path_of("rejected", PLAN_KEY)
@@ -375,7 +183,7 @@ def _write_rejected(run: RunRef, found: _Comparison) -> ShardReceipt:
     return ShardReceipt(shard_key=PLAN_KEY, files=(file,), counts=counts, is_shard=False)
 
 
-def _write_rows(run: RunRef, asked: _Question, found: _Comparison) -> tuple[ShardRef, ...]:
+def _write_rows(run: RunRef, asked: Question, found: Comparison) -> tuple[ShardRef, ...]:
     """Write which rows of which shards are to be scored."""
     files = {file.uri: file for file in asked.files}
     shards = []
@@ -389,7 +197,7 @@ def _write_rows(run: RunRef, asked: _Question, found: _Comparison) -> tuple[Shar
     return tuple(shards)
 
 
-def _write_state(run: RunRef, asked: _Question, shown: Shown | None, found: _Comparison) -> TableChange:
+def _write_state(run: RunRef, asked: Question, shown: Shown | None, found: Comparison) -> TableChange:
     """Write what the tables will be of, and which rows of theirs go."""
     schema = data_contracts.arrow_schema("sources")
     sources = pa.Table.from_pylist([source.model_dump() for source in found.now.sources], schema=schema)

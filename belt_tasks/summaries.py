@@ -9,6 +9,7 @@ from belt_tasks import storage
 from belt_tasks.demo import ReadBack
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
+from belt_tasks.preview import ScorePreview
 from belt_tasks.publishing import Manifest
 from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
@@ -47,6 +48,7 @@ def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
             ["", ""],
             [
                 ["documents", f"{run['num_documents']:,}"],
+                *_changes(run),
                 ["rejected rows", _rejected(run["num_rejected"], manifest.rejected_by_reason)],
                 ["content tokens", _tokens(run)],
                 *([["chunks", _chunks(run)]] if run["num_chunks"] else []),
@@ -66,8 +68,40 @@ def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
     ]
     tables = sorted({file.table for file in manifest.files})
     if run["flow"] == "score":
-        lines.append(f"- published tables: `{storage.join(run['output_uri'], 'tables')}` (Delta Lake)")
-    lines += [f"- {table}: `{_pattern(run, table)}`" for table in tables]
+        lines += [f"- {table}: `{_table_uri(run, table)}` (Delta Lake)" for table in (*tables, "runs")]
+    else:
+        lines += [f"- {table}: `{_pattern(run, table)}`" for table in tables]
+    return "\n".join(lines) + "\n"
+
+
+def preview_summary(found: ScorePreview) -> str:
+    """What a scoring would do, in the words of `run_summary`."""
+    counts = found.counts
+    unit = f"{found.num_documents_to_score:,}, about {found.num_tokens_to_score:,} tokens"
+    lines = [
+        "## score: what it would do",
+        "",
+        *_table(
+            ["", ""],
+            [
+                ["files", f"{found.num_files:,}, of which {found.num_files_read:,} have changed or are scored again"],
+                ["new documents", _count(counts.num_new)],
+                ["changed documents", _count(counts.num_changed)],
+                ["unchanged documents", _count(counts.num_unchanged)],
+                ["removed documents", _count(counts.num_removed)],
+                ["rejected rows in these files", _rejected(found.num_rejected, found.rejected_by_reason)],
+                ["documents to score", unit],
+                ["estimated time of the model", _seconds(found.estimated_s)],
+            ],
+        ),
+    ]
+    if found.is_refused:
+        share = found.num_rejected / found.num_rows_read
+        words = (
+            f"Nothing would be published: {share:.1%} of {found.num_rows_read:,} rows would be rejected, more than "
+            f"max_rejected_share allows ({found.max_rejected_share:.1%})."
+        )
+        lines += ["", words]
     return "\n".join(lines) + "\n"
 
 
@@ -164,9 +198,9 @@ def demo_summary(
         rows.append([name, _count(run["num_documents"]), _count(run["num_chunks"]), *cost])
     rows.append(["publish", _count(scored["num_documents"]), "", _seconds(scored["write_s"]), ""])
     measured = evaluation.metrics
-    predictions = _pattern(scored, "predictions")
+    predictions = _table_uri(scored, "predictions")
     model, limits = prepared["output_uri"], " and ".join(_limits(prepared))
-    query = f"import polars as pl; print(pl.read_parquet('{predictions}'))"
+    query = f"import polars as pl; print(pl.read_delta('{predictions}'))"
     return "\n".join(
         [
             "## belt demo: which library is a docstring from?",
@@ -202,8 +236,8 @@ def demo_summary(
             f"- metrics: `{evaluation.metrics_uri}`",
             *[f"- plot: `{uri}`" for uri in evaluation.plot_uris],
             f"- predictions: `{predictions}`",
-            f"- rejected rows: `{_pattern(scored, 'rejected')}`",
-            f"- manifest: `{storage.join(scored['output_uri'], 'published.json')}`",
+            f"- evidence: `{_table_uri(scored, 'evidence')}`",
+            f"- rejected rows: `{_table_uri(scored, 'rejected')}`",
             "",
             "To look at the predictions:",
             "",
@@ -252,6 +286,14 @@ def _chunks(run: dict[str, Any]) -> str:
     return _count(run["num_chunks"]) + (f", {redundant:.1%} of them redundant" if redundant else "")
 
 
+def _changes(run: dict[str, Any]) -> list[list[str]]:
+    if run["num_new"] is None:
+        return []
+    words = [f"{name} {run[f'num_{name}']:,}" for name in ("new", "changed", "unchanged", "removed")]
+    base = "" if run["base_run_id"] is None else f", since run {run['base_run_id']}"
+    return [["of the corpus", ", ".join(words) + base]]
+
+
 def _cost(run: dict[str, Any]) -> list[list[str]]:
     rows = []
     if run["num_documents_reused"]:
@@ -268,7 +310,7 @@ def _cost(run: dict[str, Any]) -> list[list[str]]:
 def _rate(run: dict[str, Any], stage: str) -> str:
     if stage == "encode":
         return f"{run['tokens_per_s']:,.0f}" if run["tokens_per_s"] else ""
-    return f"{run['num_tokens'] / run[f'{stage}_s']:,.0f}"
+    return f"{run['num_tokens'] / run[f'{stage}_s']:,.0f}" if run["num_tokens"] else ""
 
 
 def _seconds(seconds: float) -> str:
@@ -285,6 +327,10 @@ def _main_metric(task: str) -> str:
 
 def _pattern(run: dict[str, Any], table: str) -> str:
     return storage.join(run["output_uri"], "runs", run["run_id"], table, "*.parquet")
+
+
+def _table_uri(run: dict[str, Any], table: str) -> str:
+    return storage.join(run["output_uri"], "tables", table)
 
 
 def _count(number: int) -> str:

@@ -127,11 +127,24 @@ def score(
     removed: Removed = None,
     publish_every: PublishEvery = None,
     storage_block: StorageBlock = None,
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be scored, and how long it would take.")
+    ] = False,
 ) -> None:
     """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
         columns, spec = _score_specs(options)
+        if dry_run:
+            with _running():
+                from flows.preview import preview  # noqa: PLC0415 - after the environment is set
+
+                found = preview(corpus, checkpoint, output, columns, spec, storage_block)
+                from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+
+            _print(summaries.preview_summary(found))
+            return
         with _running():
             from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 

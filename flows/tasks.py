@@ -21,6 +21,7 @@ from belt_tasks import (
     evaluation,
     fine_tuning,
     planning,
+    preview,
     progress,
     publishing,
     score_corpus,
@@ -63,6 +64,7 @@ plan_chunking = bind(planning.plan_chunking)
 plan_fine_tuning = bind(planning.plan_fine_tuning)
 plan_evaluation = bind(planning.plan_evaluation)
 
+preview_scoring = bind(preview.preview_scoring)
 score_shard = bind(shard_scoring.score_shard, task_run_name="score-{shard.key}")
 chunk_shard = bind(chunks.chunk_shard, task_run_name="chunk-{shard.key}")
 prepare_shard = bind(training_set.prepare_shard, task_run_name="prepare-{shard.key}")

@@ -62,6 +62,9 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     assert spec_of(tmp_path / "scored").chunks == ChunkSpec(chunk_size=30, stride=10)
     assert spec_of(tmp_path / "scored").pooling == PoolingSpec(pooling_strategy="max")
 
+    code, planned, _ = belt(*arguments, "--dry-run")
+    assert code == 0
+    assert "| unchanged documents | 35 |" in planned
     code, again, _ = belt(*arguments)
     assert code == 0
     assert "This run was complete already: nothing was done again." in again

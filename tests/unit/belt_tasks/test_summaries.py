@@ -17,6 +17,11 @@ def manifest(**changes) -> Manifest:
         "flow": "score",
         "run_id": "0123456789abcdef",
         "output_uri": "s3://bucket/out",
+        "base_run_id": "fedcba9876543210",
+        "num_new": 12_000,
+        "num_changed": 345,
+        "num_unchanged": 7_000,
+        "num_removed": 0,
         "num_documents": 12_345,
         "num_rejected": 3,
         "num_tokens": 1_000_000,
@@ -57,6 +62,7 @@ def test_run_summary():
         "|  |  |",
         "| --- | --- |",
         "| documents | 12,345 |",
+        "| of the corpus | new 12,000, changed 345, unchanged 7,000, removed 0, since run fedcba9876543210 |",
         "| rejected rows | 3 (doc_id_null 2, text_null 1) |",
         "| content tokens | 1,000,000, 99.5% of them in a chunk (minimal_chunk_length 100) |",
         "| chunks | 2,000 |",
@@ -71,9 +77,9 @@ def test_run_summary():
         "",
         "- output: `s3://bucket/out`",
         "- manifest: `s3://bucket/out/runs/0123456789abcdef/manifest.json`",
-        "- published tables: `s3://bucket/out/tables` (Delta Lake)",
-        "- predictions: `s3://bucket/out/runs/0123456789abcdef/predictions/*.parquet`",
-        "- rejected: `s3://bucket/out/runs/0123456789abcdef/rejected/*.parquet`",
+        "- predictions: `s3://bucket/out/tables/predictions` (Delta Lake)",
+        "- rejected: `s3://bucket/out/tables/rejected` (Delta Lake)",
+        "- runs: `s3://bucket/out/tables/runs` (Delta Lake)",
     ]
 
 

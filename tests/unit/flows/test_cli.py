@@ -88,7 +88,7 @@ CHUNKS, POOLING, BATCHES = specs.ChunkSpec, specs.PoolingSpec, specs.BatchSpec
 def test_every_field_has_an_option_and_every_option_a_field(command, specifications, left_out):
     nested = {"chunks", "pooling", "batches"}
     fields = {name for spec in specifications for name in spec.model_fields} - nested
-    paths = {"corpus", "file", "checkpoint", "encoder", "output", "config", "storage_block"}
+    paths = {"corpus", "file", "checkpoint", "encoder", "output", "config", "storage_block", "dry_run"}
 
     assert options_of(command) - paths == fields - left_out
 

@@ -1,0 +1,26 @@
+"""Say what a scoring would do, and how long it would take."""
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from belt_tasks import summaries
+from belt_tasks.preview import ScorePreview
+from belt_tasks.specs import CorpusSpec, ScoreSpec
+from flows import tasks
+from flows.storage_block import use_storage_block
+
+
+@flow(name="preview", flow_run_name="preview {corpus_uri}")
+def preview(
+    corpus_uri: str,
+    checkpoint_uri: str,
+    output_uri: str,
+    corpus: CorpusSpec = CorpusSpec(),
+    spec: ScoreSpec = ScoreSpec(),
+    storage_block: str | None = None,
+) -> ScorePreview:
+    """What `score` would find new, changed, gone or broken; parameters are those of `score`, nothing is written."""
+    use_storage_block(storage_block)
+    found = tasks.preview_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+    create_markdown_artifact(summaries.preview_summary(found), key="preview-summary")
+    return found
