@@ -4,9 +4,10 @@ A corpus is known by its files' inventories. Only those of files that changed, o
 some millions of rows at a time, so that neither time nor memory depends on what stayed as it was.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +19,11 @@ from belt_tasks.inventory import Inventories, SourceRef
 from belt_tasks.specs import CorpusSpec, Spec
 
 ROWS_AT_ONCE = 2_000_000
+
+DOCUMENTS = pl.Schema(
+    {"source": pl.Int32, "row_index": pl.Int64, "doc_id": pl.String, "content_fingerprint": pl.String}
+)
+"""A document: its file's position among the sources, its row there, its id and what its text is."""
 
 Int64 = npt.NDArray[np.int64]
 
@@ -39,6 +45,10 @@ class CorpusState:
         return {source.source_uri: source for source in self.sources}
 
     @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {source.source_uri: i for i, source in enumerate(self.sources)}
+
+    @cached_property
     def duplicates_by_uri(self) -> dict[str, pl.DataFrame]:
         """The duplicates of each file that has some."""
         parts = self.duplicates.partition_by("source_uri", as_dict=True)
@@ -50,32 +60,29 @@ class CorpusState:
         repeated = len(self.duplicates) - self.duplicates["reason"].count()
         return sum(source.num_documents for source in self.sources) - repeated
 
-    def documents(self, uris: Collection[str], *, part: tuple[int, int] = (0, 1)) -> pl.DataFrame:
-        """Documents of some files.
+    def documents(self, uri: str, *, part: tuple[int, int] = (0, 1)) -> pl.DataFrame:
+        """Documents of a file, none where there is no such file.
 
         Args:
-            uris: the files.
+            uri: the file.
             part: (i, n) gives the i-th of n parts of the documents, cut by their ids.
 
         Returns:
-            source: int32 (position among the sources), row_index, doc_id, content_fingerprint.
+            Columns of DOCUMENTS.
         """
-        names = ["row_index", "doc_id", "content_fingerprint"]
-        chosen = {i: source for i, source in enumerate(self.sources) if source.source_uri in uris}
+        i = self._positions.get(uri)
+        if i is None:
+            return DOCUMENTS.to_frame()
+        names = [name for name in DOCUMENTS if name != "source"]
+        frame = self.inventories.read(self.sources[i].inventory_key, names)
         wanted = (pl.col("doc_id").hash() % part[1] == part[0]) & pl.col("content_fingerprint").is_not_null()
-        frames = inventory.read_all(chosen.values(), self.inventories, names, lambda frame: frame.filter(wanted))
-        nothing = pl.DataFrame(schema={name: pl.Int64 if name == "row_index" else pl.String for name in names})
-        whole = [
-            self._without_duplicates(self.sources[i].source_uri, frame).with_columns(source=pl.lit(i, pl.Int32))
-            for i, frame in zip(chosen, frames, strict=True)
-        ]
-        return pl.concat(whole) if whole else nothing.with_columns(source=pl.lit(0, pl.Int32))
+        return self._without_duplicates(uri, frame.filter(wanted)).select(pl.lit(i, pl.Int32).alias("source"), *names)
 
-    def rows(self, uri: str) -> Int64:
-        """Positions in a file of its documents, ascending."""
+    def rows(self, uri: str) -> pl.Series:
+        """Positions in a file of its documents."""
         frame = self.inventories.read(self.by_uri[uri].inventory_key, ["row_index", "reason"])
         frame = self._without_duplicates(uri, frame.filter(pl.col("reason").is_null()))
-        return frame["row_index"].sort().to_numpy()
+        return frame["row_index"]
 
     def rejected(self, uri: str) -> pl.DataFrame:
         """The rows of a file that are put aside: row_index, doc_id, reason, detail."""
@@ -147,53 +154,87 @@ def compare(
     Returns:
         What to do so that the published table equals a scoring of the whole corpus.
     """
-    files = touched(before, now)
-    num_new = num_changed = 0
-    rows: dict[str, list[Int64]] = {}
-    removed = [pl.Series([], dtype=pl.String)]
+    difference = _differ(DOCUMENTS.to_frame(), DOCUMENTS.to_frame())
     if before is None:
         num_new, to_rescore = now.num_documents, now.by_uri
-    for old, new in _parts(before, now, files, never_scored):
-        both = new.join(old, on="doc_id", how="left", suffix="_before")
-        is_new = pl.col("content_fingerprint_before").is_null()
-        is_changed = (pl.col("content_fingerprint_before") != pl.col("content_fingerprint")).fill_null(value=False)
-        num_new += both.select(is_new.sum()).item()
-        num_changed += both.select(is_changed.sum()).item()
-        removed.append(old.join(new, on="doc_id", how="anti")["doc_id"])
-        for (source,), part in both.filter(is_new | is_changed).partition_by("source", as_dict=True).items():
-            uri = now.sources[int(source)].source_uri
-            if uri not in to_rescore:
-                rows.setdefault(uri, []).append(part["row_index"].to_numpy())
+    else:
+        difference = _find_difference(before, now, touched(before, now), never_scored)
+        num_new = len(difference.new)
+    to_score = pl.concat([difference.new, difference.changed]).select("source", "row_index")
+    parts = to_score.partition_by("source", as_dict=True)
+    rows = {now.sources[int(source)].source_uri: part["row_index"] for (source,), part in parts.items()}
     with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
-        found = zip(to_rescore, threads.map(now.rows, to_rescore), strict=True)
-        rows |= {uri: [positions] for uri, positions in found}
-    gone = pl.concat(removed).sort()
+        rows |= dict(zip(to_rescore, threads.map(now.rows, to_rescore), strict=True))
     return Changes(
         counts=ChangeCounts(
             num_new=num_new,
-            num_changed=num_changed,
-            num_unchanged=now.num_documents - num_new - num_changed,
-            num_removed=len(gone),
+            num_changed=len(difference.changed),
+            num_unchanged=now.num_documents - num_new - len(difference.changed),
+            num_removed=len(difference.gone),
         ),
-        rows_to_score={uri: np.sort(np.concatenate(parts)) for uri, parts in rows.items() if sum(map(len, parts))},
-        removed=gone,
+        rows_to_score={uri: positions.sort().to_numpy() for uri, positions in rows.items() if len(positions)},
+        removed=difference.gone["doc_id"].sort(),
     )
 
 
-def _parts(
-    before: CorpusState | None, now: CorpusState, files: Collection[str], never_scored: pl.Series
-) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """The documents of the files, those with a prediction before and all now; those of one id always together."""
-    if before is None:
-        return
-    num_rows = max(
-        sum(source.num_rows for uri, source in state.by_uri.items() if uri in files) for state in (before, now)
+@dataclass(frozen=True, kw_only=True)
+class _Difference:
+    """How documents differ from earlier ones; columns of DOCUMENTS."""
+
+    new: pl.DataFrame
+    changed: pl.DataFrame
+    """As they are now."""
+    gone: pl.DataFrame
+    """As they were."""
+
+
+def _differ(old: pl.DataFrame, new: pl.DataFrame) -> _Difference:
+    both = new.join(old.select("doc_id", "content_fingerprint"), on="doc_id", how="left", suffix="_before")
+    is_new = pl.col("content_fingerprint_before").is_null()
+    is_changed = (pl.col("content_fingerprint_before") != pl.col("content_fingerprint")).fill_null(value=False)
+    return _Difference(
+        new=both.filter(is_new).drop("content_fingerprint_before"),
+        changed=both.filter(is_changed).drop("content_fingerprint_before"),
+        gone=old.join(new, on="doc_id", how="anti"),
     )
-    num_parts = max(1, -(-num_rows // ROWS_AT_ONCE))
-    for i in range(num_parts):
-        old = before.documents(files, part=(i, num_parts)).select("doc_id", "content_fingerprint")
-        new = now.documents(files, part=(i, num_parts))
-        yield old.filter(~pl.col("doc_id").is_in(never_scored.implode())), new
+
+
+def _find_difference(
+    before: CorpusState, now: CorpusState, files: Collection[str], never_scored: pl.Series
+) -> _Difference:
+    """Compare file by file first, where most documents stayed in theirs, and then what is left across files.
+
+    What is left is compared part by part where it is much, which reads the files once more for each part.
+    """
+
+    def of_file(uri: str, part: tuple[int, int]) -> _Difference:
+        old = before.documents(uri, part=part)
+        return _differ(old.filter(~pl.col("doc_id").is_in(never_scored.implode())), now.documents(uri, part=part))
+
+    def of_part(part: tuple[int, int], most: float) -> tuple[_Difference, int]:
+        """What differs, unless more documents than `most` are left over, and how many there are."""
+        nothing = DOCUMENTS.to_frame()
+        new, changed, gone, num_left = [nothing], [nothing], [nothing], 0
+        with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
+            for found in threads.map(lambda uri: of_file(uri, part), sorted(files)):
+                num_left += max(len(found.new), len(found.gone))
+                changed.append(found.changed)
+                if num_left <= most:
+                    new.append(found.new)
+                    gone.append(found.gone)
+        across = _differ(pl.concat(gone), pl.concat(new))
+        return replace(across, changed=pl.concat([*changed, across.changed])), num_left
+
+    whole, num_left = of_part((0, 1), ROWS_AT_ONCE)
+    if num_left <= ROWS_AT_ONCE:
+        return whole
+    num_parts = -(-2 * num_left // ROWS_AT_ONCE)  # twice as many as would do on average
+    parts = [of_part((i, num_parts), math.inf)[0] for i in range(num_parts)]
+    return _Difference(
+        new=pl.concat(part.new for part in parts),
+        changed=pl.concat(part.changed for part in parts),
+        gone=pl.concat(part.gone for part in parts),
+    )
 
 
 def _key(state: CorpusState, uri: str) -> str | None:

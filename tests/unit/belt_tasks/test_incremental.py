@@ -96,7 +96,7 @@ def test_a_table_is_that_of_a_full_scoring_whatever_happened(tmp_path_factory, t
     shown: dict[str, set[str]] = {}  # by run, all documents that its table has
     now: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(changes, "ROWS_AT_ONCE", 3)
+        patch.setattr(changes, "ROWS_AT_ONCE", 2)
         for night in nights:
             for name, rows in night["files"].items():
                 if rows is None:
