@@ -141,6 +141,25 @@ def scan(table: TableRef) -> pl.LazyFrame | None:
     return None if delta is None else pl.scan_delta(delta)
 
 
+def file_uris(table: TableRef, version: int) -> list[str]:
+    """The files of a version, in the order of their keys."""
+    delta = table.load(version)
+    files = [] if delta is None else _files(delta, table)
+    return [file.uri for file in sorted(files, key=lambda file: (file.first or "", file.path))]
+
+
+def expired_files(table: TableRef) -> list[str]:
+    """Files that no version refers to which can still be gone back to, by the table's own limit of 30 days.
+
+    Nothing is removed, and nothing committed.
+    """
+    delta = table.load()
+    if delta is None:
+        return []
+    with _delta_errors(f"look through {table.uri}"):
+        return [storage.join(table.uri, path) for path in delta.vacuum(dry_run=True, full=True)]
+
+
 def shown_run(delta: DeltaTable) -> str | None:
     """The run that the table shows: the last one that changed it."""
     for entry in delta.history(MOST_HISTORY):

@@ -166,7 +166,8 @@ class ObjectFileSystem(FsspecStore):
         async for objects in self._construct_store(bucket).list(prefix or None):
             for it in objects:
                 name = f"{bucket}/{it['path']}"
-                found[name] = {"name": name, "size": it["size"], "type": "file", "e_tag": it["e_tag"]}
+                found[name] = {"name": name, "size": it["size"], "type": "file"}
+                found[name] |= {"e_tag": it["e_tag"], "last_modified": it["last_modified"]}
         return found if kwargs.get("detail") else sorted(found)
 
 

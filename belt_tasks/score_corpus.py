@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from belt_tasks import publishing, score_planning, score_tables, shard_scoring
+from belt_tasks.export import export_predictions
 from belt_tasks.publishing import Manifest
 from belt_tasks.receipts import ShardReceipt, total
 from belt_tasks.score_planning import ScorePlan
@@ -44,7 +45,10 @@ def score_corpus(
             manifest = complete(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)
         score_tables.publish_tables(plan.run, manifest, base_version=plan.base_version)
         if plan.is_last:
-            return manifest
+            break
+    if spec.export:
+        export_predictions(plan.run.output_uri)
+    return manifest
 
 
 def score_shards(plan: ScorePlan, corpus: CorpusSpec) -> list[ShardReceipt]:

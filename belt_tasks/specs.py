@@ -173,6 +173,9 @@ class ScoreSpec(Spec):
     evidence_text: bool = False
     """Copy the passages into table evidence; without it texts stay where they are, and spans lead there."""
 
+    export: bool = False
+    """Also write all predictions as plain Parquet with a manifest, for tools that cannot read Delta Lake."""
+
     full: bool = False
     """Score every document again, not only those that are new or changed since the last run."""
 

@@ -10,10 +10,12 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec
@@ -25,6 +27,7 @@ from obstore.exceptions import BaseError
 from belt_tasks import object_stores
 from belt_tasks.errors import ConfigError, TransientError
 
+NUM_THREADS = 8
 READ_BUFFER_BYTES = 2**20
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -36,6 +39,8 @@ class StoredFile:
     uri: str
     num_bytes: int
     version: str
+    changed_at: datetime
+    """By the store's clock."""
 
 
 def join(uri: str, *parts: str) -> str:
@@ -43,10 +48,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.removesuffix("/") if uri.endswith("://") else uri.rstrip("/"), *parts])
 
 
-def list_files(uri: str, *, suffix: str) -> list[StoredFile]:
+def list_files(uri: str, *, suffix: str, hidden: bool = False) -> list[StoredFile]:
     """The files that a path, a directory (searched through) or a glob stands for, sorted by URI.
 
-    Names that begin with a dot or an underscore, as temporary files and markers do, are left out of directories.
+    Names that begin with a dot or an underscore, as temporary files and markers do, are left out of directories unless
+    they are asked for.
 
     Raises:
         ConfigError: there is nothing, or it cannot be read.
@@ -59,14 +65,19 @@ def list_files(uri: str, *, suffix: str) -> list[StoredFile]:
             found = {
                 name: info
                 for name, info in filesystem.find(path, detail=True).items()
-                if name.endswith(suffix) and not _is_hidden(name.removeprefix(path))
+                if name.endswith(suffix) and (hidden or not _is_hidden(name.removeprefix(path)))
             }
         elif filesystem.exists(path):
             found = {path: filesystem.info(path)}
         else:
             raise ConfigError(f"{uri}: no such file, directory or glob")
     files = [
-        StoredFile(uri=filesystem.unstrip_protocol(name), num_bytes=info["size"], version=_version(info))
+        StoredFile(
+            uri=filesystem.unstrip_protocol(name),
+            num_bytes=info["size"],
+            version=_version(info),
+            changed_at=_changed_at(info),
+        )
         for name, info in sorted(found.items())
         if info["type"] != "directory"
     ]
@@ -172,6 +183,18 @@ def hive_partitions(uri: str) -> dict[str, str | None]:
     return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, _, value in parts}
 
 
+def remove_files(uris: Sequence[str]) -> None:
+    """Remove objects; those that are gone already are no error."""
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        list(threads.map(_remove, uris))
+
+
+def _remove(uri: str) -> None:
+    with _storage_errors(f"remove {uri}"), suppress(FileNotFoundError):
+        filesystem, path = _resolve(uri)
+        filesystem.rm_file(path)
+
+
 def put_directory(local: Path, uri: str, *, last: str) -> None:
     """Copy a local directory; the file named `last` goes last, so that its presence means that all is there."""
     files = sorted(path for path in local.rglob("*") if path.is_file())
@@ -273,13 +296,25 @@ def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return filesystem, os.path.normpath(path) if isinstance(filesystem, LocalFileSystem) else str(path)
 
 
-def _version(info: dict[str, object]) -> str:
+def _version(info: dict[str, Any]) -> str:
     for key in ("e_tag", "ETag", "etag", "md5Hash", "content_md5"):
         if info.get(key):
             return str(info[key])
-    changed = info.get("mtime") or info.get("LastModified") or info.get("created")
+    changed = _changed(info)
     # one store may say the same time as a number or a date
     return f"{info['size']}-{changed.timestamp() if isinstance(changed, datetime) else changed}"
+
+
+def _changed(info: dict[str, Any]) -> Any:  # noqa: ANN401 - as the store says it
+    return next((info[key] for key in ("mtime", "LastModified", "last_modified", "created") if info.get(key)), None)
+
+
+def _changed_at(info: dict[str, Any]) -> datetime:
+    """Now, where the store does not say when."""
+    changed = _changed(info)
+    if isinstance(changed, datetime):
+        return changed
+    return datetime.fromtimestamp(changed, UTC) if isinstance(changed, (int, float)) else datetime.now(UTC)
 
 
 def _is_hidden(relative: str) -> bool:
@@ -290,7 +325,7 @@ def _as_given(file: StoredFile, filesystem: fsspec.AbstractFileSystem) -> Stored
     """Local files are named by their plain path, which every Parquet reader takes."""
     if not isinstance(filesystem, LocalFileSystem):
         return file
-    return StoredFile(uri=file.uri.removeprefix("file://"), num_bytes=file.num_bytes, version=file.version)
+    return replace(file, uri=file.uri.removeprefix("file://"))
 
 
 @contextmanager

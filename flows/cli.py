@@ -9,13 +9,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import rich.markdown
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from belt_tasks import progress, specs
 from belt_tasks.errors import BeltError
@@ -32,6 +33,7 @@ from flows.options import (
     Encoder,
     Evidence,
     EvidenceText,
+    Export,
     Full,
     IdColumn,
     LabelColumn,
@@ -123,6 +125,7 @@ def score(
     evidence: Evidence = None,
     num_evidence_chunks: NumEvidenceChunks = None,
     evidence_text: EvidenceText = None,
+    export: Export = None,
     full: Full = None,
     removed: Removed = None,
     publish_every: PublishEvery = None,
@@ -183,6 +186,7 @@ def evaluate(
     evidence: Evidence = None,
     num_evidence_chunks: NumEvidenceChunks = None,
     evidence_text: EvidenceText = None,
+    export: Export = None,
     full: Full = None,
     removed: Removed = None,
     publish_every: PublishEvery = None,
@@ -314,13 +318,45 @@ def windows(
     console.print(totals)
 
 
-@app.command()
+class _ListsByDefault(TyperGroup):
+    """`belt runs OUTPUT` lists, so that the commonest of its commands needs no name."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+runs_app = typer.Typer(cls=_ListsByDefault, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(runs_app, name="runs", help="List the runs of an output (`belt runs OUTPUT`), or clean up after them.")
+
+
+@runs_app.command("list")
 def runs(output: Annotated[str, typer.Argument(help="Output of earlier commands; any fsspec URL.")]) -> None:
     """List the runs of OUTPUT: which one readers see, what each did and cost, and which did not finish."""
     with _user_errors():
         from belt_tasks import run_list, summaries  # noqa: PLC0415 - imports torch
 
         _print(summaries.runs_summary(run_list.list_runs(output)))
+
+
+@runs_app.command()
+def clean(
+    output: Annotated[str, typer.Argument(help="Output of `belt score`; any fsspec URL.")],
+    older_than: Annotated[
+        float, typer.Option(min=0.0, help="Days; what changed since is left alone.", metavar="<float>")
+    ] = 7.0,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove what runs left behind and no table refers to: unfinished runs, and files that the tables have taken in."""
+    with _user_errors():
+        from belt_tasks import clean as cleaning  # noqa: PLC0415 - imports torch
+
+        done = cleaning.clean_up(output, older_than=timedelta(days=older_than), dry_run=dry_run)
+        verb = "Would remove" if dry_run else "Removed"
+        runs_left = f"{done.num_unfinished_runs:,} runs that were never shown"
+        _print(f"{verb} {done.num_files:,} files ({done.num_bytes / 1e6:,.1f} MB), among them {runs_left}.")
 
 
 @app.command()

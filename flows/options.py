@@ -96,6 +96,7 @@ MaxRejectedShare = Annotated[str | None, option(specs.ScoreSpec, "max_rejected_s
 Evidence = Annotated[str | None, option(specs.ScoreSpec, "evidence")]
 NumEvidenceChunks = Annotated[str | None, option(specs.ScoreSpec, "num_evidence_chunks")]
 EvidenceText = Annotated[bool | None, option(specs.ScoreSpec, "evidence_text")]
+Export = Annotated[bool | None, option(specs.ScoreSpec, "export")]
 Full = Annotated[bool | None, option(specs.ScoreSpec, "full")]
 Removed = Annotated[str | None, option(specs.ScoreSpec, "removed")]
 PublishEvery = Annotated[str | None, option(specs.ScoreSpec, "publish_every")]

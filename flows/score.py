@@ -54,5 +54,7 @@ def score(
         tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
         if plan.is_last:
             break
+    if spec.export:
+        tasks.export_predictions(plan.run.output_uri)
     create_markdown_artifact(summaries.run_summary(manifest, asked_at=asked_at), key="score-summary")
     return manifest

@@ -19,6 +19,7 @@ from belt_tasks import (
     chunks,
     demo,
     evaluation,
+    export,
     fine_tuning,
     planning,
     preview,
@@ -77,6 +78,7 @@ republish_fine_tuning = bind(fine_tuning.republish)
 publish = bind(publishing.publish)
 complete_scoring = bind(score_corpus.complete)
 publish_tables = bind(score_tables.publish_tables)
+export_predictions = bind(export.export_predictions)
 
 write_demo_corpus = bind(demo.write_demo_corpus)
 read_back = bind(demo.read_back)

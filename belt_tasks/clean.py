@@ -1,0 +1,94 @@
+"""Cleaning up: what runs left behind that nobody needs any more, never anything that a table refers to.
+
+- Runs that did not finish, and complete ones that were never shown: all of them.
+- Runs that were shown before the present one: the files that the tables have taken in. What a rollback needs stays.
+- Inventories of files that no remaining run knows.
+- Files of the tables that no version refers to; older versions can be gone back to for 30 days.
+
+Nothing is touched that changed after the limit, so that a run under way is safe however slow it is, as long as it
+finishes a shard within the limit.
+"""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+from belt_tasks import lake, storage
+from belt_tasks.errors import ConfigError
+from belt_tasks.publishing import RunRef
+from belt_tasks.score_tables import SORTED_BY, table_at
+from belt_tasks.specs import Spec
+from belt_tasks.storage import StoredFile
+
+KEPT = ("manifest.json", "sources.parquet", "duplicates.parquet", "run.parquet")
+"""Of a run that was shown: what a rollback to it needs."""
+FIRST = ("manifest.json", "plan.json")
+"""Removed before all else, so that half a run never looks like a whole one."""
+
+
+class Cleaned(Spec):
+    """What was removed, or would be."""
+
+    num_unfinished_runs: int
+    """Runs that did not finish or were never shown."""
+    num_files: int
+    num_bytes: int
+
+
+def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -> Cleaned:
+    """Remove what nobody needs.
+
+    Args:
+        output_uri: of earlier runs.
+        older_than: what changed since is left alone.
+        dry_run: only say what would be removed.
+
+    Raises:
+        ConfigError: there is no run, or the output is not one of score runs.
+    """
+    output_uri = storage.absolute(output_uri)
+    predictions = table_at(output_uri, "predictions")
+    shown = list(lake.versions_by_run(predictions))
+    if not shown:
+        raise ConfigError(f"{output_uri}: nothing was published there by `belt score`")
+    limit = datetime.now(UTC) - older_than
+    runs: dict[str, list[StoredFile]] = {}
+    for file in _files(storage.join(output_uri, "runs")):
+        run_id = file.uri.removeprefix(storage.join(output_uri, "runs") + "/").partition("/")[0]
+        runs.setdefault(run_id, []).append(file)
+    old = {run_id: files for run_id, files in runs.items() if max(file.changed_at for file in files) < limit}
+    orphans = old.keys() - set(shown)
+    removed = [file for run_id in orphans for file in old[run_id]]
+    for run_id in old.keys() & set(shown[1:]):
+        removed += [file for file in old[run_id] if file.uri.rpartition("/")[2] not in KEPT]
+    removed += _unknown_inventories(output_uri, runs.keys() - orphans, limit)
+    for name in SORTED_BY:
+        table = table_at(output_uri, name)
+        expired = set(lake.expired_files(table))
+        removed += [file for file in _files(table.uri) if file.uri in expired and file.changed_at < limit]
+    if not dry_run:
+        first = [file.uri for file in removed if file.uri.rpartition("/")[2] in FIRST]
+        storage.remove_files(first)
+        storage.remove_files([file.uri for file in removed if file.uri not in set(first)])
+    return Cleaned(
+        num_unfinished_runs=len(orphans),
+        num_files=len(removed),
+        num_bytes=sum(file.num_bytes for file in removed),
+    )
+
+
+def _unknown_inventories(output_uri: str, run_ids: Iterable[str], limit: datetime) -> list[StoredFile]:
+    """Inventories that no remaining run knows."""
+    known: set[str] = set()
+    for run_id in run_ids:
+        run = RunRef(output_uri=output_uri, run_id=run_id)
+        if storage.exists(run.sources_uri):
+            known |= set(storage.read_parquet(run.sources_uri, columns=["inventory_key"])["inventory_key"].to_pylist())
+    return [
+        file
+        for file in _files(storage.join(output_uri, "inventory"))
+        if file.changed_at < limit and file.uri.rpartition("/")[2].removesuffix(".parquet") not in known
+    ]
+
+
+def _files(uri: str) -> list[StoredFile]:
+    return storage.list_files(uri, suffix="", hidden=True) if storage.is_directory(uri) else []

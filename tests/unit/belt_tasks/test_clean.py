@@ -1,0 +1,110 @@
+"""Cleaning up removes what nobody needs, and nothing that a table, a rollback or a run under way does."""
+
+from datetime import timedelta
+
+import polars as pl
+import pyarrow as pa
+import pytest
+from polars.testing import assert_frame_equal
+
+from belt_tasks import lake, score_planning, score_tables, storage
+from belt_tasks.clean import clean_up
+from belt_tasks.errors import ConfigError
+from belt_tasks.run_list import list_runs, roll_back
+from belt_tasks.score_corpus import score_corpus, score_shards
+from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
+
+NOW = timedelta(0)
+
+
+def spec(size: int = 30) -> ScoreSpec:
+    return ScoreSpec(device="cpu", chunks=ChunkSpec(chunk_size=size, stride=size))
+
+
+def write(corpus, name: str, text: str) -> None:
+    corpus.mkdir(exist_ok=True)
+    pl.DataFrame({"doc_id": [f"{name}-{i}" for i in range(3)], "text": [text] * 3}).write_parquet(
+        corpus / f"{name}.parquet"
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    write(tmp_path / "corpus", "a", "the quick brown fox")
+    write(tmp_path / "corpus", "b", "the lazy dog")
+    return tmp_path / "corpus"
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request, tmp_path) -> str:
+    """An empty place to publish to."""
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3_root")
+
+
+def files(output: str) -> dict[str, int]:
+    found = storage.list_files(output, suffix="", hidden=True)
+    return {file.uri.removeprefix(output): file.num_bytes for file in found}
+
+
+def tables(output: str) -> dict[str, pl.DataFrame]:
+    return {name: score_tables.read_table(output, name) for name in score_tables.SORTED_BY}
+
+
+def test_what_nobody_needs_goes_and_all_else_stays(corpus, tiny_checkpoint, output):
+    first = score_corpus(str(corpus), tiny_checkpoint, output, spec=spec()).run["run_id"]
+    before = tables(output)
+    write(corpus, "b", "another text")
+    second = score_corpus(str(corpus), tiny_checkpoint, output, spec=spec()).run["run_id"]
+    now = tables(output)
+    write(corpus, "c", "never finished")
+    plan = score_planning.plan_scoring(str(corpus), tiny_checkpoint, output, CorpusSpec(), spec())
+    score_shards(plan, CorpusSpec())
+    (corpus / "c.parquet").unlink()
+    orphan = storage.join(output, "tables", "predictions", "of-a-commit-that-never-was.parquet")
+    storage.write_parquet(orphan, pa.table({"doc_id": ["x"]}))
+    everything = files(output)
+
+    assert clean_up(output, older_than=timedelta(days=1)).num_files == 0
+    told = clean_up(output, older_than=NOW, dry_run=True)
+    assert files(output) == everything
+    done = clean_up(output, older_than=NOW)
+
+    assert done == told
+    left = files(output)
+    gone = {name: size for name, size in everything.items() if name not in left}
+    assert (done.num_unfinished_runs, done.num_files, done.num_bytes) == (1, len(gone), sum(gone.values()))
+    assert [run.run_id for run in list_runs(output)] == [second, first]
+    assert not [name for name in left if plan.run.run_id in name or "/c.parquet" in name]
+    assert len([name for name in left if name.startswith("/inventory/")]) == 3  # of a, and of b twice
+    assert {name.rpartition("/")[2] for name in left if f"/runs/{first}/" in name} == {
+        "manifest.json",
+        "sources.parquet",
+        "duplicates.parquet",
+        "run.parquet",
+    }
+    for name, table in tables(output).items():
+        assert_frame_equal(table, now[name])
+    assert clean_up(output, older_than=NOW).num_files == 0
+
+    roll_back(output)  # and what was shown can still be gone back to
+    assert_frame_equal(tables(output)["predictions"], before["predictions"])
+    night = score_corpus(str(corpus), tiny_checkpoint, output, spec=spec())
+    assert night.run["run_id"] == second
+    assert_frame_equal(tables(output)["predictions"].drop("scored_at"), now["predictions"].drop("scored_at"))
+
+
+def test_files_of_a_commit_that_failed_go_when_they_are_old(corpus, tiny_checkpoint, tmp_path, monkeypatch):
+    output = str(tmp_path / "out")
+    score_corpus(str(corpus), tiny_checkpoint, output, spec=spec())
+    orphan = storage.join(output, "tables", "predictions", "of-a-commit-that-never-was.parquet")
+    storage.write_parquet(orphan, pa.table({"doc_id": ["x"]}))
+    monkeypatch.setattr(lake, "expired_files", lambda table: [orphan] if table.name == "predictions" else [])
+
+    assert clean_up(output, older_than=timedelta(days=1)).num_files == 0
+    assert clean_up(output, older_than=NOW).num_files == 1
+    assert not storage.exists(orphan)
+
+
+def test_a_place_without_published_tables_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="nothing was published there by `belt score`"):
+        clean_up(str(tmp_path), older_than=NOW)
