@@ -77,6 +77,10 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     code, listed, _ = belt("runs", tmp_path / "scored")
     assert code == 0
     assert f"| {before} | shown | score |" in listed
+    code, cleaned, _ = belt("runs", "clean", tmp_path / "scored", "--older-than", 0, "--dry-run")
+    assert code == 0
+    assert cleaned.startswith("Would remove ")
+    assert cleaned.endswith("among them 0 runs that were never shown.\n")
     code, _, said = belt("rollback", tmp_path / "nowhere")
     assert (code, said) == (1, f"Error: {tmp_path / 'nowhere'}: nothing was published there\n")
 
