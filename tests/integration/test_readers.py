@@ -28,14 +28,10 @@ def output(tiny_checkpoint, tmp_path_factory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lake, "FILE_ROWS", 5)
         for night in range(3):
-            rows = {
-                "doc_id": [f"doc-{i:02}" for i in range(night, 30 + night)],
-                "text": [
-                    None if i == 7 else words(i * (2 if i == night + 9 else 1), seed=i)
-                    for i in range(night, 30 + night)
-                ],
-            }
-            pl.DataFrame(rows).write_parquet(root / "corpus" / "a.parquet")
+            rows = {f"doc-{i:02}": words(4 * i, seed=i) for i in range(night, 30 + night)}
+            rows |= {"doc-07": None, f"doc-{9 + night:02}": "another text"}
+            frame = pl.DataFrame({"doc_id": list(rows), "text": list(rows.values())})
+            frame.write_parquet(root / "corpus" / "a.parquet")
             score_corpus(str(root / "corpus"), tiny_checkpoint, str(root / "out"), spec=spec)
     return str(root / "out")
 
