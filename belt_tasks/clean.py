@@ -1,7 +1,8 @@
 """Cleaning up: what runs left behind that nobody needs any more, never anything that a table refers to.
 
 - Runs that did not finish, and complete ones that were never shown: all of them.
-- Runs that were shown before the present one: the files that the tables have taken in. What a rollback needs stays.
+- Runs that were shown before the present one: the files that the tables have taken in. What a rollback needs stays, and
+  so do evaluations.
 - Inventories of files that no remaining run knows.
 - Files of the tables that no version refers to; older versions can be gone back to for 30 days.
 
@@ -19,8 +20,17 @@ from belt_tasks.score_tables import SORTED_BY, table_at
 from belt_tasks.specs import Spec
 from belt_tasks.storage import StoredFile
 
-KEPT = ("manifest.json", "sources.parquet", "duplicates.parquet", "run.parquet")
-"""Of a run that was shown: what a rollback to it needs."""
+TAKEN_IN = (
+    "plan.json",
+    "removed.parquet",
+    "reread.parquet",
+    "rows/",
+    "receipts/",
+    "predictions/",
+    "evidence/",
+    "rejected/",
+)
+"""Of a run that was shown: what only its publishing needed."""
 FIRST = ("manifest.json", "plan.json")
 """Removed before all else, so that half a run never looks like a whole one."""
 
@@ -59,7 +69,8 @@ def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -
     orphans = old.keys() - set(shown)
     removed = [file for run_id in orphans for file in old[run_id]]
     for run_id in old.keys() & set(shown[1:]):
-        removed += [file for file in old[run_id] if file.uri.rpartition("/")[2] not in KEPT]
+        folder = RunRef(output_uri=output_uri, run_id=run_id).uri
+        removed += [file for file in old[run_id] if file.uri.removeprefix(f"{folder}/").startswith(TAKEN_IN)]
     removed += _unknown_inventories(output_uri, runs.keys() - orphans, limit)
     for name in SORTED_BY:
         table = table_at(output_uri, name)

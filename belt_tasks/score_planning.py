@@ -5,6 +5,7 @@ from and of everything that decides the result, so that a run that was killed is
 shown already is not done again.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import polars as pl
@@ -21,6 +22,7 @@ from belt_tasks.publishing import Manifest, RunRef, TableChange, run_id_of
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt
 from belt_tasks.score_tables import Shown
 from belt_tasks.specs import CorpusSpec, ScoreSpec, Spec
+from belt_tasks.storage import StoredFile
 
 PLAN_KEY = "plan"  # in the place of a shard's key
 
@@ -168,14 +170,17 @@ def _write_rejected(run: RunRef, found: Comparison) -> ShardReceipt:
     schema = data_contracts.arrow_schema("rejected")
     path = run.path_of("rejected", PLAN_KEY)
     counts = Counts()
-    with storage.parquet_writer(storage.join(run.output_uri, path), schema) as writer:
-        for source in sorted(found.now.sources, key=lambda source: source.source_uri):
-            if source.source_uri not in found.reread:
+    uris = sorted(found.reread & found.now.by_uri.keys())
+    with (
+        ThreadPoolExecutor(inventory.NUM_THREADS) as threads,
+        storage.parquet_writer(storage.join(run.output_uri, path), schema) as writer,
+    ):
+        for uri, rows in zip(uris, threads.map(found.now.rejected, uris), strict=True):
+            if len(rows) == 0:
                 continue
-            rows = found.now.rejected(source.source_uri).with_columns(
-                source_uri=pl.lit(source.source_uri), run_id=pl.lit(run.run_id)
-            )
-            publishing.check(table := rows.select(schema.names).to_arrow().cast(schema), "rejected", source.source_uri)
+            frame = rows.with_columns(source_uri=pl.lit(uri), run_id=pl.lit(run.run_id)).select(schema.names)
+            table = frame.to_arrow().cast(schema)
+            publishing.check(table, "rejected", uri)
             writer.write_table(table)
             reasons = dict(rows.group_by("reason").len().iter_rows())
             counts += Counts(num_rejected=len(rows), rejected_by_reason=reasons)
@@ -185,16 +190,17 @@ def _write_rejected(run: RunRef, found: Comparison) -> ShardReceipt:
 
 def _write_rows(run: RunRef, asked: Question, found: Comparison) -> tuple[ShardRef, ...]:
     """Write which rows of which shards are to be scored."""
-    files = {file.uri: file for file in asked.files}
-    shards = []
-    for source in found.now.sources:
-        rows = found.changes.rows_to_score.get(source.source_uri)
-        if rows is None:
-            continue
-        for shard, here in corpora.shards_with_rows(files[source.source_uri], rows):
-            storage.write_parquet(run.rows_uri(shard.key), pa.table({"row_index": pa.array(here, pa.int64())}))
-            shards.append(shard)
-    return tuple(shards)
+    rows_to_score = found.changes.rows_to_score
+
+    def write(file: StoredFile) -> list[ShardRef]:
+        shards = corpora.shards_with_rows(file, rows_to_score[file.uri])
+        for shard, rows in shards:
+            storage.write_parquet(run.rows_uri(shard.key), pa.table({"row_index": pa.array(rows, pa.int64())}))
+        return [shard for shard, _ in shards]
+
+    with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
+        parts = list(threads.map(write, [file for file in asked.files if file.uri in rows_to_score]))
+    return tuple(shard for part in parts for shard in part)
 
 
 def _write_state(run: RunRef, asked: Question, shown: Shown | None, found: Comparison) -> TableChange:

@@ -52,6 +52,7 @@ def tables(output: str) -> dict[str, pl.DataFrame]:
 
 def test_what_nobody_needs_goes_and_all_else_stays(corpus, tiny_checkpoint, output):
     first = score_corpus(str(corpus), tiny_checkpoint, output, spec=spec()).run["run_id"]
+    storage.write_bytes(storage.join(output, "runs", first, "evaluation", "metrics.json"), b"{}")
     before = tables(output)
     write(corpus, "b", "another text")
     second = score_corpus(str(corpus), tiny_checkpoint, output, spec=spec()).run["run_id"]
@@ -80,6 +81,7 @@ def test_what_nobody_needs_goes_and_all_else_stays(corpus, tiny_checkpoint, outp
         "manifest.json",
         "sources.parquet",
         "duplicates.parquet",
+        "metrics.json",
         "run.parquet",
     }
     for name, table in tables(output).items():
