@@ -145,9 +145,9 @@ def test_score(fine_tuned, client, labelled_corpus, tmp_path):
     assert (run["flow"], run["num_documents"], run["num_rejected"], run["num_shards"]) == ("score", 35, 1, 3)
     assert run["corpus_uri"] == labelled_corpus
     assert ScoreSpec.model_validate_json(run["spec"]).chunks == CHUNKS
-    assert {file.table for file in manifest.files} == {"predictions", "rejected"}
+    assert {file.table for file in manifest.files} == {"predictions", "evidence", "rejected"}
     assert all((Path(output) / file.path).is_file() for file in manifest.files)
-    assert sum(file.num_rows for file in manifest.files) == 36
+    assert sum(file.num_rows for file in manifest.files if file.table != "evidence") == 36
     assert score_tables.read_table(output, "rejected")["doc_id"].to_list() == ["doc-0030"]
     shown = artifact(client, state, "score-summary")
     assert "## score: 35 documents" in shown
@@ -330,7 +330,7 @@ def test_a_failed_shard_leaves_the_others_finished(corpus, tiny_checkpoint, tmp_
     assert {path: changed for path, changed in mtimes(output).items() if path in before} == before
     written = mtimes(output).keys() - before.keys()
     assert sorted(Path(path).parent.name for path in written if "/out/runs/" in path) == sorted(
-        ["predictions", "rejected", manifest.run["run_id"]]  # of the shard that had failed, and the run's row
+        ["evidence", "predictions", "rejected", manifest.run["run_id"]]  # of the shard that had failed, and the run's row
     )
     undisturbed = str(tmp_path / "undisturbed")
     score(corpus, tiny_checkpoint, undisturbed)
