@@ -171,6 +171,10 @@ class ObjectFileSystem(FsspecStore):
         return found if kwargs.get("detail") else sorted(found)
 
 
+class ChangedError(OSError):
+    """An object was replaced while it was read."""
+
+
 class ObjectFile(AbstractBufferedFile):  # type: ignore[misc]
     """An object to read from, as it was when it was opened; whoever reads chooses how much at a time."""
 
@@ -180,7 +184,7 @@ class ObjectFile(AbstractBufferedFile):  # type: ignore[misc]
         try:
             return bytes(self.fs._construct_store(bucket).get(key, options=options).bytes())  # noqa: SLF001
         except PreconditionError as error:
-            raise OSError(f"{self.path} changed while it was read") from error
+            raise ChangedError(f"{self.path} changed while it was read") from error
         except BaseError as error:
             meaning = error_of(error, f"read {self.path}")
             raise (ConnectionError if isinstance(meaning, TransientError) else OSError)(str(meaning)) from None

@@ -30,7 +30,7 @@ class SortedFile:
     @classmethod
     def read(cls, uri: str, key: str) -> Self:
         """Of a file's footer."""
-        with storage.open_parquet(uri) as parquet:
+        with storage.errors_of(f"read {uri}"), storage.open_parquet(uri) as parquet:
             metadata = parquet.metadata
             column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(key)
             groups = []
@@ -58,7 +58,7 @@ class SortedFile:
         wanted = [group[0] for group in self.within(lower, upper).row_groups]
         if not wanted:
             return schema.empty_table()
-        with storage.open_parquet(self.uri) as parquet:
+        with storage.errors_of(f"read {self.uri}"), storage.open_parquet(self.uri) as parquet:
             stored = [name for name in schema.names if name in parquet.schema_arrow.names]
             table = parquet.read_row_groups(wanted, columns=stored)
         for name in schema.names:

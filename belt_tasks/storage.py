@@ -43,6 +43,28 @@ class StoredFile:
     """By the store's clock."""
 
 
+@contextmanager
+def errors_of(action: str) -> Iterator[None]:
+    """Say what failed, and whether a retry can help.
+
+    Raises:
+        ConfigError: a person has to mend it.
+        TransientError: the same may succeed later.
+    """
+    try:
+        yield
+    except (ConnectionError, TimeoutError, object_stores.ChangedError) as error:
+        raise TransientError(f"cannot {action}: {str(error) or type(error).__name__}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"cannot {action}: no such file or directory") from error
+    except OSError as error:
+        raise ConfigError(f"cannot {action}: {error.strerror or error}") from error
+    except BaseError as error:
+        raise object_stores.error_of(error, action) from None  # its own words are a page
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"cannot {action}: not a Parquet file ({error})") from error
+
+
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a URI."""
     return "/".join([uri.removesuffix("/") if uri.endswith("://") else uri.rstrip("/"), *parts])
@@ -57,7 +79,7 @@ def list_files(uri: str, *, suffix: str, hidden: bool = False) -> list[StoredFil
     Raises:
         ConfigError: there is nothing, or it cannot be read.
     """
-    with _storage_errors(f"list {uri}"):
+    with errors_of(f"list {uri}"):
         filesystem, path = _resolve(uri)
         if glob.has_magic(path) and not filesystem.exists(path):
             found = filesystem.glob(path, detail=True)
@@ -88,28 +110,28 @@ def list_files(uri: str, *, suffix: str, hidden: bool = False) -> list[StoredFil
 
 def exists(uri: str) -> bool:
     """Whether an object is there."""
-    with _storage_errors(f"look for {uri}"):
+    with errors_of(f"look for {uri}"):
         filesystem, path = _resolve(uri)
         return bool(filesystem.exists(path))
 
 
 def num_bytes(uri: str) -> int:
     """The size of an object."""
-    with _storage_errors(f"look for {uri}"):
+    with errors_of(f"look for {uri}"):
         filesystem, path = _resolve(uri)
         return int(filesystem.size(path))
 
 
 def read_bytes(uri: str) -> bytes:
     """A whole object; for small ones."""
-    with _storage_errors(f"read {uri}"):
+    with errors_of(f"read {uri}"):
         filesystem, path = _resolve(uri)
         return bytes(filesystem.cat_file(path))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Put a whole object, replacing what was there; readers see the old one or the new one."""
-    with _storage_errors(f"write {uri}"):
+    with errors_of(f"write {uri}"):
         filesystem, path = _resolve(uri)
         if isinstance(filesystem, LocalFileSystem):
             with _local_replacement(Path(path)) as temporary:
@@ -137,13 +159,13 @@ def parquet_writer(
     with tempfile.TemporaryDirectory() as folder:
         target = Path(path) if local else Path(folder) / "table.parquet"
         with ExitStack() as stack:
-            with _storage_errors(f"write {uri}"):
+            with errors_of(f"write {uri}"):
                 temporary = stack.enter_context(_local_replacement(target))
                 options = {"compression": "zstd", "sorting_columns": list(sorting) or None}
                 writer = stack.enter_context(pq.ParquetWriter(temporary, schema, **options))
             yield writer
         if not local:
-            with _storage_errors(f"write {uri}"):
+            with errors_of(f"write {uri}"):
                 filesystem.put_file(str(target), path)
 
 
@@ -155,7 +177,7 @@ def write_parquet(uri: str, table: pa.Table) -> None:
 
 def read_parquet(uri: str, *, columns: list[str] | None = None) -> pa.Table:
     """A whole Parquet object; for tables that belt wrote and whose size it chose."""
-    with _storage_errors(f"read {uri}"):
+    with errors_of(f"read {uri}"):
         filesystem, path = _resolve(uri)
         with filesystem.open(path, "rb") as file:
             return pq.ParquetFile(file).read(columns=columns)
@@ -169,7 +191,7 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
         ConfigError: it is not a Parquet file, or cannot be opened.
     """
     with ExitStack() as stack:
-        with _storage_errors(f"read {uri}"):
+        with errors_of(f"read {uri}"):
             filesystem, path = _resolve(uri)
             local = isinstance(filesystem, LocalFileSystem)
             source = stack.enter_context(pa.OSFile(path) if local else filesystem.open(path, "rb"))
@@ -210,7 +232,7 @@ def local_directory(uri: str) -> Iterator[Path]:
     Raises:
         ConfigError: there is no such directory.
     """
-    with _storage_errors(f"read {uri}"):
+    with errors_of(f"read {uri}"):
         filesystem, path = _resolve(uri)
         if not filesystem.isdir(path):
             raise ConfigError(f"{uri}: no such directory")
@@ -218,7 +240,7 @@ def local_directory(uri: str) -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        with _storage_errors(f"read {uri}"):
+        with errors_of(f"read {uri}"):
             for name in filesystem.find(path):
                 target = Path(folder) / name.removeprefix(path).lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +250,7 @@ def local_directory(uri: str) -> Iterator[Path]:
 
 def is_directory(uri: str) -> bool:
     """Whether a URI is an existing directory (or prefix)."""
-    with _storage_errors(f"look for {uri}"):
+    with errors_of(f"look for {uri}"):
         filesystem, path = _resolve(uri)
         return bool(filesystem.isdir(path))
 
@@ -265,7 +287,7 @@ def check_writable(uri: str) -> None:
         write_bytes(probe, b"")
     except ConfigError as error:
         raise ConfigError(f"{uri}: cannot be written to ({error.__cause__ or error})") from error
-    with _storage_errors(f"write to {uri}"):
+    with errors_of(f"write to {uri}"):
         filesystem, path = _resolve(probe)
         filesystem.rm_file(path)
 
@@ -340,20 +362,3 @@ def _local_replacement(target: Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _storage_errors(action: str) -> Iterator[None]:
-    """Say what failed, and whether a retry can help."""
-    try:
-        yield
-    except (ConnectionError, TimeoutError) as error:
-        raise TransientError(f"cannot {action}: {str(error) or type(error).__name__}") from error
-    except FileNotFoundError as error:
-        raise ConfigError(f"cannot {action}: no such file or directory") from error
-    except OSError as error:
-        raise ConfigError(f"cannot {action}: {error.strerror or error}") from error
-    except BaseError as error:
-        raise object_stores.error_of(error, action) from None  # its own words are a page
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"cannot {action}: not a Parquet file ({error})") from error

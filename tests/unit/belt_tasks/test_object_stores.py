@@ -9,7 +9,7 @@ import fsspec.config
 import pyarrow as pa
 import pytest
 
-from belt_tasks import object_stores, storage
+from belt_tasks import object_stores, sorted_files, storage
 from belt_tasks.errors import BeltError, ConfigError, TransientError
 from tests.s3_server import BUCKET, KEYS
 
@@ -265,3 +265,19 @@ def test_a_listing_is_complete_and_names_are_taken_literally(s3_root):
     assert storage.read_bytes(f"{s3_root}/{names[-2]}") == names[-2].encode()
     assert len(storage.list_files(f"{s3_root}/part=1/*0.parquet", suffix=".parquet")) == 110
     assert f"s3://{BUCKET}/" in found[0].uri
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_table_s_source_that_changes_while_it_is_read_is_worth_another_attempt(s3_root):
+    uri = f"{s3_root}/a.parquet"
+    table = pa.table({"key": [f"{i:06}" for i in range(1000)]})
+    sorted_files.put_sorted(uri, table, by=["key"])
+    before = sorted_files.SortedFile.read(uri, "key")
+    filesystem = object_stores.filesystem("s3")
+    opened = filesystem.open(uri, "rb")
+    sorted_files.put_sorted(uri, table.slice(1), by=["key"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(filesystem), "_open", lambda *_, **__: opened)
+        with pytest.raises(TransientError, match=rf"cannot read {uri}: .*a\.parquet changed while it was read"):
+            before.rows(None, None, table.schema)
