@@ -169,10 +169,10 @@ def _evidence_change(run: RunRef, manifest: Manifest) -> Change:
 def _follow(run: RunRef, table: TableRef, change: Change) -> Committed | None:
     """Change a table after predictions, on whatever version it has; not if predictions show another run by now."""
     for attempt in range(MOST_ATTEMPTS):
+        delta = table.load()  # before predictions: once they show this run, the next one's commit comes after
         predictions = table_at(run.output_uri, "predictions").load()
         if predictions is None or lake.shown_run(predictions) != run.run_id:
             return None
-        delta = table.load()
         try:
             return lake.commit(
                 table, change, run_id=run.run_id, base_version=None if delta is None else delta.version()

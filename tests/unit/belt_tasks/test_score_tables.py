@@ -239,6 +239,26 @@ def test_what_is_shown_by_now_is_not_overtaken_by_a_slow_run(corpus, tiny_checkp
     assert read(output, "rejected")["run_id"].unique().to_list() == [quick.run["run_id"]]
 
 
+def test_a_run_that_is_overtaken_between_two_commits_changes_no_table(corpus, tiny_checkpoint, output, monkeypatch):
+    """The next run is shown at the last moment: after the slow one saw that predictions are its own."""
+    really, later = lake.shown_run, []
+
+    def overtaken(delta):
+        run_id = really(delta)
+        monkeypatch.setattr(lake, "shown_run", really)
+        later.append(score_corpus(corpus, tiny_checkpoint, output, spec=OTHER).run["run_id"])
+        return run_id
+
+    slow = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    slow_run = score_tables.shown(output).run
+    change = lake.Change(new_uris=tuple(slow.uris(output, "rejected")), replaces_all=True)
+
+    monkeypatch.setattr(lake, "shown_run", overtaken)
+    assert score_tables._follow(slow_run, score_tables.table_at(output, "rejected"), change) is None
+
+    assert read(output, "rejected")["run_id"].unique().to_list() == later
+
+
 def test_an_output_that_cannot_hold_tables_is_refused_before_work_starts(corpus, tiny_checkpoint):
     with pytest.raises(ConfigError, match="tables are published to local paths and to abfs, gs, s3"):
         score_planning.plan_scoring(corpus, tiny_checkpoint, "memory://out", CorpusSpec(), SPEC)
