@@ -95,8 +95,7 @@ def plan_scoring(
     """
     asked = comparison.ask(corpus_uri, checkpoint_uri, corpus, spec)
     output_uri = planning.open_run(output_uri, "", flow="score").output_uri
-    score_tables.finish(output_uri)
-    shown = score_tables.shown(output_uri)
+    shown = score_tables.finish(output_uri)
     base_version = None if shown is None else shown.version
     known = None if shown is None else comparison.read_sources(shown)
     if shown is not None and known is not None and comparison.is_current(asked, shown, known):

@@ -93,11 +93,19 @@ def shown(output_uri: str) -> Shown | None:
     return Shown(run=run, manifest=publishing.read_run_manifest(run), version=delta.version())
 
 
-def finish(output_uri: str) -> None:
-    """Let the other tables follow predictions where an attempt ended between the commits."""
+def finish(output_uri: str) -> Shown | None:
+    """Let the other tables follow predictions where an attempt ended between the commits.
+
+    Returns:
+        The run that all tables show, for the next to be planned on: one that was shown meanwhile may not be complete.
+
+    Raises:
+        ConflictError: another run was shown meanwhile.
+    """
     now = shown(output_uri)
     if now is not None:
         publish_tables(now.run, now.manifest, base_version=now.version)
+    return now
 
 
 def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None) -> PublishedTables:

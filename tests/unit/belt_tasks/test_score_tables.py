@@ -259,6 +259,36 @@ def test_a_run_that_is_overtaken_between_two_commits_changes_no_table(corpus, ti
     assert read(output, "rejected")["run_id"].unique().to_list() == later
 
 
+def test_a_run_is_planned_on_one_whose_tables_are_complete(corpus, tiny_checkpoint, output, tmp_path, monkeypatch):
+    """A second run is shown while the third is planned, and is killed before its other tables follow."""
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC).run["run_id"]
+    (tmp_path / "corpus" / "part-1.parquet").rename(tmp_path / "part-1.parquet")
+    really, finish = lake.commit, score_tables.finish
+
+    def end(table, change, **options):
+        if table.name == "runs" and options["run_id"] != first:
+            raise TransientError("the line is cut")
+        return really(table, change, **options)
+
+    def finish_late(output_uri):
+        now = finish(output_uri)
+        with monkeypatch.context() as patch:
+            patch.setattr(score_tables, "finish", finish)
+            patch.setattr(lake, "commit", end)
+            with pytest.raises(TransientError):
+                score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+        return now
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score_tables, "finish", finish_late)
+        with pytest.raises(ConflictError, match="at version 0 when this run was planned and at version 1 now"):
+            score_corpus(corpus, tiny_checkpoint, output, spec=OTHER)
+
+    last = score_corpus(corpus, tiny_checkpoint, output, spec=OTHER)
+    assert len(read(output, "runs")) == 3
+    assert last.run["base_run_id"] in set(read(output, "runs")["run_id"])
+
+
 def test_an_output_that_cannot_hold_tables_is_refused_before_work_starts(corpus, tiny_checkpoint):
     with pytest.raises(ConfigError, match="tables are published to local paths and to abfs, gs, s3"):
         score_planning.plan_scoring(corpus, tiny_checkpoint, "memory://out", CorpusSpec(), SPEC)
