@@ -1,11 +1,9 @@
 """Sorted files: Parquet sorted by a key, read and cut by ranges of it, so that any number of rows fits in memory."""
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
@@ -77,10 +75,9 @@ def sorted_writer(uri: str, schema: pa.Schema, *, by: Sequence[str]) -> Iterator
 
     The rows are in memory once, at the end: for what a shard gives.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        unsorted = Path(folder) / "unsorted.parquet"
-        with pq.ParquetWriter(unsorted, schema, compression="none") as writer:
-            yield writer
+    with storage.scratch_writer(schema) as (writer, unsorted):
+        yield writer
+        writer.close()
         rows = pq.read_table(unsorted, schema=schema)
         put_sorted(uri, rows.sort_by([(name, "ascending") for name in by]), by=by)
 

@@ -156,17 +156,61 @@ def parquet_writer(
     """
     filesystem, path = _resolve(uri)
     local = isinstance(filesystem, LocalFileSystem)
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(path) if local else Path(folder) / "table.parquet"
-        with ExitStack() as stack:
-            with errors_of(f"write {uri}"):
-                temporary = stack.enter_context(_local_replacement(target))
-                options = {"compression": "zstd", "sorting_columns": list(sorting) or None}
-                writer = stack.enter_context(pq.ParquetWriter(temporary, schema, **options))
-            yield writer
+    action = f"write {uri}" if local else f"write {uri}, by a temporary file in {tempfile.gettempdir()}"
+    with ExitStack() as outer:
+        with errors_of(action):
+            folder = "" if local else outer.enter_context(tempfile.TemporaryDirectory())
+            target = Path(path) if local else Path(folder) / "table.parquet"
+            inner = outer.enter_context(ExitStack())
+            temporary = inner.enter_context(_local_replacement(target))
+            writer = inner.enter_context(
+                _Writer(temporary, schema, action=action, sorting_columns=list(sorting) or None)
+            )
+        yield writer
+        with errors_of(action):
+            inner.close()
         if not local:
             with errors_of(f"write {uri}"):
                 filesystem.put_file(str(target), path)
+
+
+@contextmanager
+def scratch_writer(schema: pa.Schema) -> Iterator[tuple[pq.ParquetWriter, Path]]:
+    """A writer to a local file, and the file, to be read after the writer is closed; it goes when the block ends.
+
+    Raises:
+        ConfigError: there is no room.
+    """
+    action = f"write a temporary file in {tempfile.gettempdir()}"
+    with ExitStack() as stack:
+        with errors_of(action):
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "table.parquet"
+            writer = stack.enter_context(_Writer(path, schema, action=action, compression="none"))
+        yield writer, path
+
+
+class _Writer(pq.ParquetWriter):  # type: ignore[misc]
+    """Says what failed where there is no room."""
+
+    def __init__(self, path: Path, schema: pa.Schema, *, action: str, compression: str = "zstd", **more: Any) -> None:  # noqa: ANN401 - pyarrow's
+        self._action = action
+        super().__init__(path, schema, compression=compression, **more)
+
+    def write_table(self, table: pa.Table, row_group_size: int | None = None) -> None:
+        with self._errors():
+            super().write_table(table, row_group_size)
+
+    def close(self) -> None:
+        with self._errors():
+            super().close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.is_open = False  # what cannot be written need not be ended
+            raise ConfigError(f"cannot {self._action}: {os.strerror(error.errno) if error.errno else error}") from error
 
 
 def write_parquet(uri: str, table: pa.Table) -> None:

@@ -1,7 +1,10 @@
 """Storage: what is listed, that objects appear whole or not at all, and what its errors say."""
 
 import os
+import resource
+import tempfile
 import uuid
+from collections.abc import Iterator
 
 import fsspec
 import pyarrow as pa
@@ -10,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry, known_implementations
 
-from belt_tasks import storage
+from belt_tasks import sorted_files, storage
 from belt_tasks.errors import ConfigError, TransientError
 
 TABLE = pa.table({"number": [1, 2, 3], "word": ["one", "two", "three"]})
@@ -405,3 +408,47 @@ def test_written_parquet_is_plain_parquet(tmp_path):
     storage.write_parquet(str(tmp_path / "t.parquet"), TABLE)
 
     assert pq.read_table(tmp_path / "t.parquet").equals(TABLE)
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    """This process's files cannot grow beyond some bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+NOISE = pa.table({"key": [os.urandom(16).hex() for _ in range(10_000)]})
+
+
+@pytest.mark.usefixtures("no_room")
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
+    uri = str(tmp_path / "out" / "a.parquet")
+
+    with pytest.raises(ConfigError, match=f"cannot write {uri}: File too large"):
+        storage.write_parquet(uri, NOISE)
+
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda: storage.write_parquet("s3://bucket/a", NOISE), "write s3://bucket/a, by a temporary file"),
+        (lambda: write_unsorted("s3://bucket/a"), "write a temporary file"),
+    ],
+)
+def test_a_full_temporary_directory_is_named(tmp_path, monkeypatch, write, words):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    with pytest.raises(ConfigError, match=f"cannot {words} in {tmp_path}: File too large"):
+        write()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_unsorted(uri: str) -> None:
+    with sorted_files.sorted_writer(uri, NOISE.schema, by=["key"]) as writer:
+        writer.write_table(NOISE)
