@@ -136,13 +136,16 @@ class Night:
 
     def check_what_readers_see(self, output: str, *, done: bool = False) -> None:
         """Whatever happened so far, each table is as an undisturbed run has it at that version, or did when `done`."""
-        for name in TABLES:
+        versions = {name: version_of(output, name) for name in TABLES}
+        for name, version in versions.items():
             expected = self.undisturbed.versions[name]
-            version = version_of(output, name)
             if done:
                 assert version == len(expected) - 1
             if version is not None:
                 assert_same(read(output, name, version), expected[version])
+        numbers = [-1 if versions[name] is None else versions[name] for name in ("predictions", "runs", "rejected")]
+        assert numbers == sorted(numbers, reverse=True)  # the commit to predictions is the one that counts
+        assert numbers[0] - numbers[-1] <= 1
 
     def finish(self, output: str) -> None:
         """Run again, to the end: finished shards stay as they are, and the tables are those of an undisturbed run."""

@@ -216,14 +216,16 @@ def test_of_two_runs_by_different_rules_at_once_one_is_shown_and_the_other_told(
             assert word in ("done", "ConflictError"), message
         assert won
         shown = rows_of(output)
-        assert_same(shown, expected[won[-1]])
+        (i,) = [i for i in won if expected[i]["scoring_fingerprint"][0] == shown["scoring_fingerprint"][0]]
+        assert_same(shown, expected[i])
         for i in (chance.integers(2), 0, 1):
             assert night.run(output, spec=specs[i])[0] == "done"
             assert_same(rows_of(output), expected[i])
         assert_same(read(output, "rejected").drop("run_id"), rejected)
-        known = read(output, "runs")["run_id"].to_list()
-        assert len(known) == len(set(known))
-        assert set(known) >= {told[i][1] for i in won} | set(read(output, "predictions")["run_id"])
+        known = read(output, "runs")
+        assert known["run_id"].is_unique().all()
+        assert known["base_run_id"].is_unique().all()  # no two are a change of the same state
+        assert set(known["run_id"]) >= {told[i][1] for i in won} | set(read(output, "predictions")["run_id"])
 
     in_parallel(race, range(ROUNDS))
 
@@ -267,6 +269,27 @@ def test_a_commit_whose_answer_is_lost_is_found_to_be_made(nights, name):
     num_before = 0 if night.base is None else 1
     assert len(lost) == sum(len(versions) - num_before for versions in night.undisturbed.versions.values())
     night.check_what_readers_see(output, done=True)
+
+
+@pytest.mark.parametrize("num_commits", [1, 2])
+def test_a_run_killed_between_two_commits_is_completed_by_another(nights, num_commits):
+    night, commits = nights["second"], count(1)
+    output = night.output(f"completed-{num_commits}")
+
+    def kill(request: Request, child: Child) -> bytes | None:
+        answer = request.forward()
+        if request.is_write and "/_delta_log/" in request.path and next(commits) == num_commits:
+            return child.kill()
+        return answer
+
+    with night.proxied(output, kill) as (child, _):
+        assert child.outcome() == ("killed", "")
+    assert night.run(output, spec={"size": 20})[0] == "done"
+
+    expected = night.undisturbed.versions["runs"][1]
+    found = read(output, "runs")
+    assert_same(found.filter(pl.col("run_id").is_in(expected["run_id"].to_list())), expected)
+    assert len(found) == len(expected) + 1
 
 
 def out_of_order(chance: np.random.Generator, share: float) -> Disturbance:
