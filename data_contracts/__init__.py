@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 from open_data_contract_standard.model import SchemaProperty
 
+from data_contracts.evolution import Misfit, is_stored_so, misfits
 from data_contracts.loader import (
     TABLES,
     arrow_schema,
@@ -27,7 +28,19 @@ from data_contracts.loader import (
     rules,
 )
 
-__all__ = ["TABLES", "Violation", "arrow_schema", "contract", "message", "purpose", "rules", "violations"]
+__all__ = [
+    "TABLES",
+    "Misfit",
+    "Violation",
+    "arrow_schema",
+    "contract",
+    "is_stored_so",
+    "message",
+    "misfits",
+    "purpose",
+    "rules",
+    "violations",
+]
 
 _MAX_EXAMPLES: Final = 3
 _MAX_VALUE_CHARS: Final = 40
@@ -73,11 +86,11 @@ def violations(table: pa.Table, name: str, *, keys: bool = True) -> list[Violati
     return found
 
 
-def message(found: Iterable[Violation], name: str, where: str) -> str:
+def message(found: Iterable[Violation | Misfit], name: str, where: str) -> str:
     """Put all violations into one text that says which contract is broken, where, and how.
 
     Args:
-        found: what `violations` returned, not empty.
+        found: what `violations` or `misfits` returned, not empty.
         name: the contract, one of TABLES.
         where: what the reader knows the table by, such as "shard 00042".
     """
