@@ -5,6 +5,9 @@ only the files whose keys it touches (copy on write), a range at a time, so memo
 
 A commit names the run, and a plan that has been committed is not committed again. A commit happens only on the version
 of the table that the run was planned on: of two runs at once, one wins and the other is told.
+
+A table that was made under an earlier contract gains the contract's new columns by the commit of the next run, which
+then rewrites every file. Where its rows could not satisfy the contract, nothing is written and a person is told.
 """
 
 import json
@@ -104,7 +107,7 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
 
     Raises:
         ConflictError: the table is no longer at that version; nothing was changed.
-        ConfigError: it cannot be written there.
+        ConfigError: it cannot be written there, or its columns are not those of the contract.
         TransientError: the store did not answer; whether it was changed is found out by the next attempt.
     """
     delta = table.load()
@@ -114,6 +117,7 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
     if version != base_version:
         raise ConflictError(_conflict(table, base_version, version))
     schema = data_contracts.arrow_schema(table.name)
+    widens = delta is not None and not data_contracts.is_stored_so(_checked(table, delta), table.name)
     old = [] if delta is None else _files(delta, table)
     new = [SortedFile.read(uri, table.key) for uri in change.new_uris]
     removed = [SortedFile.read(uri, table.key) for uri in change.removed_uris]
@@ -124,11 +128,11 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
     for group in _groups(old, table.uri):
         new_here = [part for each in new if (part := each.within(group.lower, group.upper)).row_groups]
         removed_here = [part for each in removed if (part := each.within(group.lower, group.upper)).row_groups]
-        if not new_here and not group.may_hold(removed_here):
+        if not widens and not new_here and not group.may_hold(removed_here):
             continue
         adds += _rewrite(table, schema, group, new_here, removed_here, change.marked_at, run_id)
         removes += [file.remove_action() for file in group.files]
-    _commit(table, delta, schema, adds, removes, run_id)
+    _commit(table, delta, schema, adds, None if widens else removes, run_id)
     after = table.load()
     if after is None or not _is_committed(after, run_id, base_version):
         raise TransientError(f"cannot see what was committed to {table.uri}")
@@ -136,9 +140,34 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
 
 
 def scan(table: TableRef) -> pl.LazyFrame | None:
-    """The table's rows as they are now; None where there is none."""
+    """The table's rows as they are now, in the columns of the contract; None where there is none.
+
+    Columns that the table does not have yet are null, and those that only a later contract has are left out.
+
+    Raises:
+        ConfigError: its columns are not those of the contract.
+    """
     delta = table.load()
-    return None if delta is None else pl.scan_delta(delta)
+    if delta is None:
+        return None
+    _checked(table, delta, may_have_more=True)
+    rows = pl.scan_delta(delta)
+    stored = rows.collect_schema()
+    wanted = pl.DataFrame(data_contracts.arrow_schema(table.name).empty_table()).schema
+    rows = rows.with_columns(pl.lit(None).alias(name) for name in wanted if name not in stored)
+    # a cast of all columns would keep filters from the files
+    return rows.cast({name: wanted[name] for name in wanted if stored.get(name) != wanted[name]}).select(wanted.names())
+
+
+def check(table: TableRef) -> None:
+    """Make sure that runs can be published to a table; also where there is none yet.
+
+    Raises:
+        ConfigError: its columns are not those of the contract, and cannot become so.
+    """
+    delta = table.load()
+    if delta is not None:
+        _checked(table, delta)
 
 
 def file_uris(table: TableRef, version: int) -> list[str]:
@@ -201,6 +230,19 @@ def restore(table: TableRef, version: int, *, run_id: str) -> int:
         raise ConflictError(f"{table.uri}: a run changed the table at this moment; nothing was restored") from error
     now = table.load()
     return version if now is None else now.version()
+
+
+def _checked(table: TableRef, delta: DeltaTable, *, may_have_more: bool = False) -> pa.Schema:
+    """The schema of a table whose rows can be rows of its contract."""
+    stored = pa.schema(delta.schema().to_arrow())
+    found = data_contracts.misfits(stored, table.name)
+    found = [each for each in found if not (may_have_more and each.rule == "extra" and each.path in stored.names)]
+    if found:
+        raise ConfigError(
+            f"{data_contracts.message(found, table.name, table.uri)}; "
+            "use the version of belt that wrote this table, or choose another output"
+        )
+    return stored
 
 
 def _is_committed(delta: DeltaTable, run_id: str, base_version: int | None) -> bool:
@@ -369,9 +411,10 @@ def _commit(
     delta: DeltaTable | None,
     schema: pa.Schema,
     adds: list[AddAction],
-    removes: list[RemoveAction],
+    removes: list[RemoveAction] | None,
     run_id: str,
 ) -> None:
+    """Add and remove files; without a list, all files go and the table gets the schema."""
     base = None if delta is None else delta.version()
     properties = CommitProperties(
         custom_metadata={RUN_ID: run_id},
@@ -394,9 +437,10 @@ def _commit(
                     commit_properties=properties,
                 )
             else:
-                delta.create_write_transaction(
-                    [*adds, *removes], "append", Schema.from_arrow(schema), commit_properties=properties
-                )
+                # only "overwrite" changes the schema, and it removes all files of the version that was loaded
+                actions: list[AddAction | RemoveAction] = [*adds, *(removes or ())]
+                mode = "append" if removes is not None else "overwrite"
+                delta.create_write_transaction(actions, mode, Schema.from_arrow(schema), commit_properties=properties)
     except CommitFailedError as error:
         now = table.load()
         if now is not None and _is_committed(now, run_id, base):  # another attempt at this run was quicker

@@ -68,7 +68,7 @@ def read_table(output_uri: str, name: str, *, columns: list[str] | None = None) 
     """A published table as it is now, sorted; for results that fit in memory.
 
     Raises:
-        ConfigError: nothing was published there.
+        ConfigError: nothing was published there, or the table's columns are not those of its contract.
     """
     rows = lake.scan(table_at(storage.absolute(output_uri), name))
     if rows is None:
@@ -86,6 +86,8 @@ def shown(output_uri: str) -> Shown | None:
     delta = table.load()
     if delta is None:
         return None
+    for name in SORTED_BY:
+        lake.check(table_at(output_uri, name))
     run_id = lake.shown_run(delta)
     if run_id is None:
         raise ConfigError(f"{table.uri}: is not a table that belt wrote; choose another output")

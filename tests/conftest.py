@@ -7,6 +7,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from open_data_contract_standard.model import OpenDataContractStandard
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from belt_tasks import object_stores
+from data_contracts import loader
 from tests.s3_server import BUCKET, S3Server
 from tests.s3_server import s3_server as run_s3_server
 
@@ -208,26 +211,30 @@ def tiny_encoder(tiny_encoders) -> Path:
     return tiny_encoders("bert")
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_encoder, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A saved checkpoint: the tiny BERT, three classes, chunks of 30 tokens."""
+def save_tiny_checkpoint(folder: Path, tiny_encoder: Path, labels: tuple[str, ...]) -> str:
+    """A checkpoint with a random head: one class a label, chunks of 30 tokens; returns its path."""
     from belt_tasks import checkpoint, encoder
     from belt_tasks.specs import ChunkSpec, Head, PoolingSpec
 
     torch.manual_seed(1)
-    uri = str(tmp_path_factory.mktemp("checkpoint"))
     checkpoint.save_checkpoint(
-        encoder.ChunkModel(encoder.load_body(tiny_encoder), num_logits=3, pooling=PoolingSpec()),
-        uri,
+        encoder.ChunkModel(encoder.load_body(tiny_encoder), num_logits=len(labels), pooling=PoolingSpec()),
+        str(folder),
         tokenizer_source=str(tiny_encoder),
-        head=Head(task="multiclass", labels=("ham", "other", "spam")),
+        head=Head(task="multiclass", labels=labels),
         chunks=ChunkSpec(chunk_size=30, stride=30),
         pooling=PoolingSpec(),
         data_fingerprint="0" * 64,
         metrics={},
         training={},
     )
-    return uri
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_encoder, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved checkpoint: the tiny BERT, three classes, chunks of 30 tokens."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), tiny_encoder, ("ham", "other", "spam"))
 
 
 @pytest.fixture(scope="session")
@@ -283,6 +290,24 @@ def labelled_rows(num_documents: int, *, seed: int = 0, most_words: int = 120) -
         text = " ".join([label, *(f"{word} {label}" for word in text.split())])
         rows.append((f"doc-{i:04d}", text, label, "test" if i % 5 == 0 else "train"))
     return pl.DataFrame(rows, schema=["doc_id", "text", "label", "split"], orient="row")
+
+
+@contextmanager
+def other_contract(name: str, change: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """Within the block a table's contract is another: its columns by name, changed in place."""
+    document = loader.contract(name).model_dump(by_alias=True, exclude_none=True)
+    (table,) = document["schema"]
+    columns = {column["name"]: column for column in table["properties"]}
+    change(columns)
+    table["properties"] = list(columns.values())
+    other = OpenDataContractStandard.model_validate(document)
+    cached = loader.arrow_schema
+    with pytest.MonkeyPatch.context() as patch:
+        really = loader.contract
+        patch.setattr(loader, "contract", lambda wanted: other if wanted == name else really(wanted))
+        cached.cache_clear()
+        yield
+    cached.cache_clear()
 
 
 @pytest.fixture(scope="session")

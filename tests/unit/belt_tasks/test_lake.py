@@ -6,19 +6,24 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 
 import deltalake
+import duckdb
 import polars as pl
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
+from dataframely.random import Generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
 
 import data_contracts
 from belt_tasks import lake, sorted_files, storage
 from belt_tasks.errors import ConfigError, ConflictError, TransientError
 from belt_tasks.lake import Change, TableRef
+from tests.conftest import other_contract
 
 SCHEMA = data_contracts.arrow_schema("rejected")
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -346,3 +351,255 @@ def test_history_says_which_run_made_what(tmp_path):
 
     assert [entry["belt.run_id"] for entry in table.load().history()] == ["two", "one"]
     assert read(table, version=0) == [("one", 0, "one")]
+
+
+# --- tables that were made under another contract ---------------------------------------------------
+
+
+def without(*names: str):
+    """A change of a contract: it has no such columns."""
+    return lambda columns: [columns.pop(name) for name in names]
+
+
+def retyped(name: str, physical: str, logical: str):
+    return lambda columns: columns[name].update(physicalType=physical, logicalType=logical)
+
+
+def with_lang(columns) -> None:
+    """A change of a contract: it has one more column."""
+    columns["lang"] = {"name": "lang", "description": "New.", "physicalType": "string", "logicalType": "string"}
+
+
+ONE_SCORE = {
+    "scores": [[{"label": "a", "score": 0.5}]] * 3,
+    "logits": [[1.0]] * 3,
+    "num_tokens": [3] * 3,
+    "num_tokens_scored": [2] * 3,
+    "top_chunk": [{"chunk_index": 0, "start_char": 1, "stop_char": 9 + i} for i in range(3)],
+}
+
+
+def made_under(change, root, content: Mapping[str, int]) -> TableRef:
+    """A table that belt wrote under another contract, by run `one`; its rows have a doc_id where there is one."""
+    table = table_at(root)
+    with other_contract("rejected", change):
+        uris = write(root, content, "one")
+        lake.commit(table, Change(new_uris=uris), run_id="one", base_version=None)
+    return table
+
+
+def with_ids(root, content: Mapping[str, int], run_id: str) -> tuple[str, ...]:
+    uri = storage.join(root, "runs", run_id, "ids.parquet")
+    found = rows(content, run_id)
+    i = found.schema.get_field_index("doc_id")
+    storage.write_parquet(uri, found.set_column(i, SCHEMA.field(i), pa.array(["known"] * len(found))))
+    return (uri,)
+
+
+def commits(table: TableRef) -> list[tuple[int, str | None]]:
+    return [(entry["version"], entry.get("belt.run_id")) for entry in table.load().history()]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_table_gains_a_column_of_the_contract_by_the_commit_of_the_next_run(root):
+    table = made_under(without("doc_id"), root, {f"k{i:02}": 1 for i in range(30)})
+    before = table.load()
+    assert "doc_id" not in pa.schema(before.schema().to_arrow()).names
+    assert len(paths(before)) > 1
+
+    committed = lake.commit(table, Change(new_uris=with_ids(root, {"k07": 2}, "two")), run_id="two", base_version=0)
+
+    assert (committed.version, committed.num_rows) == (1, 31)
+    assert commits(table) == [(1, "two"), (0, "one")]
+    after = table.load()
+    assert pa.schema(after.schema().to_arrow()).equals(SCHEMA)
+    assert (after.metadata().id, after.metadata().name) == (before.metadata().id, "rejected")
+    assert after.metadata().configuration == lake.TABLE_PROPERTIES
+    check_order(table)
+    options = storage.delta_options(table.uri)
+    dataset = deltalake.DeltaTable(table.uri, storage_options=options).to_pyarrow_dataset()
+    by_reader = {
+        "polars": pl.read_delta(table.uri, storage_options=options),
+        "pyarrow": pl.DataFrame(dataset.to_table()),
+        "duckdb": duckdb.sql("FROM dataset").pl(),
+    }
+    old = {(f"k{i:02}", 0): None for i in range(30) if i != 7}
+    for reader, frame in by_reader.items():
+        found = {(key, index): doc_id for key, index, doc_id in frame["source_uri", "row_index", "doc_id"].iter_rows()}
+        assert found == old | {("k07", 0): "known", ("k07", 1): "known"}, reader
+    assert "doc_id" not in pl.read_delta(table.uri, version=0, storage_options=options).columns
+
+
+def test_an_empty_table_gains_a_column_too(root):
+    table = made_under(without("doc_id"), root, {})
+
+    lake.commit(table, Change(new_uris=with_ids(root, {"a": 1}, "two")), run_id="two", base_version=0)
+
+    assert pl.DataFrame(table.load().to_pyarrow_dataset().to_table())["doc_id"].to_list() == ["known"]
+
+
+def test_nothing_to_change_but_the_columns(root):
+    table = made_under(without("doc_id"), root, {"a": 1})
+
+    committed = lake.commit(table, Change(), run_id="two", base_version=0)
+
+    assert (committed.version, committed.num_rows) == (1, 1)
+    assert pa.schema(table.load().schema().to_arrow()).equals(SCHEMA)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_run_that_replaces_all_rows_changes_the_columns_as_well(tmp_path):
+    root = str(tmp_path)
+    table = made_under(without("doc_id"), root, {f"k{i:02}": 1 for i in range(30)})
+
+    change = Change(new_uris=with_ids(root, {"new": 1}, "two"), replaces_all=True)
+    committed = lake.commit(table, change, run_id="two", base_version=0)
+
+    assert committed.num_rows == 1
+    assert lake.scan(table).select("source_uri", "doc_id").collect().rows() == [("new", "known")]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_of_runs_at_once_that_add_a_column_one_wins(root):
+    table = made_under(without("doc_id"), root, {f"k{i:02}": 1 for i in range(10)})
+    names = ["two", "three", "four"]
+    uris = {name: with_ids(root, {name: 1}, name) for name in names}
+    barrier = threading.Barrier(len(names))
+
+    def race(name):
+        barrier.wait()
+        try:
+            return lake.commit(table, Change(new_uris=uris[name]), run_id=name, base_version=0)
+        except ConflictError:
+            return None
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        outcomes = dict(zip(names, pool.map(race, names), strict=True))
+
+    (winner,) = [name for name, outcome in outcomes.items() if outcome is not None]
+    assert commits(table) == [(1, winner), (0, "one")]
+    assert {key for key, _, _ in read(table)} == {f"k{i:02}" for i in range(10)} | {winner}
+
+
+def test_killed_before_the_commit_the_table_has_its_old_columns(tmp_path, monkeypatch):
+    root = str(tmp_path)
+    table = made_under(without("doc_id"), root, {"a": 1})
+    change = Change(new_uris=with_ids(root, {"b": 1}, "two"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lake, "_commit", lambda *_: (_ for _ in ()).throw(TransientError("the line is cut")))
+        with pytest.raises(TransientError):
+            lake.commit(table, change, run_id="two", base_version=0)
+    assert commits(table) == [(0, "one")]
+    assert "doc_id" not in table.load().to_pyarrow_dataset().schema.names
+
+    assert lake.commit(table, change, run_id="two", base_version=0).version == 1
+    assert lake.commit(table, change, run_id="two", base_version=0).reused
+
+
+def test_a_version_without_the_column_is_restored_read_and_changed_again(root):
+    table = made_under(without("doc_id"), root, {"a": 1})
+    lake.commit(table, Change(new_uris=with_ids(root, {"b": 1}, "two")), run_id="two", base_version=0)
+
+    assert lake.restore(table, 0, run_id="one") == 2
+    assert lake.versions_by_run(table) == {"one": 2, "two": 1}
+    assert lake.scan(table).select("source_uri", "doc_id").collect().rows() == [("a", None)]
+
+    lake.commit(table, Change(new_uris=with_ids(root, {"c": 1}, "three")), run_id="three", base_version=2)
+    found = lake.scan(table).select("source_uri", "doc_id").sort("source_uri").collect()
+    assert found.rows() == [("a", None), ("c", "known")]
+    assert lake.restore(table, 1, run_id="two") == 4
+    assert lake.scan(table).select("source_uri").sort("source_uri").collect().rows() == [("a",), ("b",)]
+
+
+def test_fields_within_a_column_are_gained_too(tmp_path):
+    """A struct, and a list of structs, in the predictions of one run."""
+    page = {"name": "page", "description": "New.", "physicalType": "int32", "logicalType": "integer"}
+
+    def paged(columns):
+        columns["top_chunk"]["properties"].append(page)
+        columns["scores"]["items"]["properties"].insert(0, page)
+
+    table = TableRef(uri=f"{tmp_path}/predictions", name="predictions", key="doc_id")
+    values = data_contracts.rules("predictions").sample(3, generator=Generator(1), overrides=ONE_SCORE)
+    storage.write_parquet(
+        f"{tmp_path}/1.parquet", values.sort("doc_id").to_arrow().cast(data_contracts.arrow_schema("predictions"))
+    )
+    lake.commit(table, Change(new_uris=(f"{tmp_path}/1.parquet",)), run_id="one", base_version=None)
+
+    with other_contract("predictions", paged):
+        of_scan = lake.scan(table).collect()
+        lake.commit(table, Change(), run_id="two", base_version=0)
+        stored = pl.read_delta(table.uri)
+
+    assert stored["top_chunk"].struct.field("page").null_count() == 3
+    assert stored["scores"].explode().struct.field("page").null_count() == 3
+    assert_frame_equal(stored.select(values.columns), of_scan)
+    assert (
+        stored["top_chunk"]
+        .struct.field("stop_char")
+        .equals(values.sort("doc_id")["top_chunk"].struct.field("stop_char"))
+    )
+
+
+def test_a_contract_that_comes_to_allow_nulls(tmp_path):
+    def required(columns):
+        columns["doc_id"]["required"] = True
+
+    table = table_at(str(tmp_path))
+    with other_contract("rejected", required):
+        lake.commit(table, Change(new_uris=with_ids(str(tmp_path), {"a": 1}, "one")), run_id="one", base_version=None)
+    assert not pa.schema(table.load().schema().to_arrow()).field("doc_id").nullable
+
+    lake.commit(table, Change(new_uris=write(str(tmp_path), {"b": 1}, "two")), run_id="two", base_version=0)
+
+    assert pa.schema(table.load().schema().to_arrow()).field("doc_id").nullable
+    found = pl.DataFrame(table.load().to_pyarrow_dataset().to_table())
+    assert sorted(found.select("source_uri", "doc_id").iter_rows()) == [("a", "known"), ("b", None)]
+
+
+UNFIT = [
+    (retyped("row_index", "int32", "integer"), "row_index is int32, not int64"),
+    (without("detail"), r"missing column detail \(string\), which is required"),
+    (lambda columns: columns["run_id"].pop("required"), "run_id may be null, which the contract forbids"),
+    (
+        with_lang,
+        r"extra column lang \(string\)",
+    ),
+    (
+        lambda columns: [retyped("row_index", "double", "number")(columns), columns.pop("reason")],
+        r"row_index is double, not int64; missing column reason \(string\), which is required",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), UNFIT, ids=[case[1] for case in UNFIT])
+@pytest.mark.parametrize("replaces_all", [False, True])
+def test_a_table_whose_rows_cannot_satisfy_the_contract_is_left_alone(tmp_path, change, expected, replaces_all):
+    table, root = table_at(str(tmp_path)), str(tmp_path)
+    with other_contract("rejected", change):
+        storage.write_parquet(f"{root}/one.parquet", data_contracts.arrow_schema("rejected").empty_table())
+        lake.commit(table, Change(new_uris=(f"{root}/one.parquet",)), run_id="one", base_version=None)
+    uris, before = write(root, {"a": 1}, "two"), sorted(Path(table.uri).rglob("*"))
+    words = rf"^rejected v1, .*/tables/rejected: {expected}; use the version of belt that wrote this table, or choose"
+
+    with pytest.raises(ConfigError, match=words):
+        lake.commit(table, Change(new_uris=uris, replaces_all=replaces_all), run_id="two", base_version=0)
+    with pytest.raises(ConfigError, match=words):
+        lake.check(table)
+
+    assert sorted(Path(table.uri).rglob("*")) == before
+    assert table.load().version() == 0
+
+
+def test_readers_are_told_of_other_types_and_do_not_mind_columns_of_a_later_contract(tmp_path):
+    kept = made_under(
+        with_lang,
+        str(tmp_path / "later"),
+        {"a": 1},
+    )
+    broken = made_under(retyped("row_index", "int32", "integer"), str(tmp_path / "other"), {"a": 1})
+
+    assert lake.scan(kept).collect().columns == SCHEMA.names
+    with pytest.raises(ConfigError, match="row_index is int32, not int64"):
+        lake.scan(broken)

@@ -1,17 +1,20 @@
 """Score tables: what a reader of the lake sees after runs that succeed, race, are killed halfway, or come back."""
 
+import shutil
 from datetime import UTC, datetime
 
+import duckdb
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 
 from belt_tasks import corpus as corpora
-from belt_tasks import lake, score_planning, score_tables, scoring, storage
+from belt_tasks import lake, run_list, score_planning, score_tables, scoring, storage
 from belt_tasks.errors import ConfigError, ConflictError, RejectedError, TransientError
 from belt_tasks.score_corpus import complete, score_corpus, score_shards
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
+from tests.conftest import other_contract, save_tiny_checkpoint
 
 SPEC = ScoreSpec(chunks=ChunkSpec(chunk_size=30, stride=30), max_rejected_share=0.1)
 OTHER = ScoreSpec(chunks=ChunkSpec(chunk_size=20, stride=20), max_rejected_share=0.1)
@@ -328,3 +331,137 @@ def test_a_bad_delivery_is_not_hidden_by_a_large_corpus(corpus, tiny_checkpoint,
         score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
 
     assert runs_of(output) == [before.run["run_id"]]
+
+
+# --- tables that were published under another contract ----------------------------------------------
+
+
+def publish_under(change: dict[str, list[str]], run, manifest) -> None:
+    """Let tables be as a belt whose contracts had less columns published them; the rows are those of the run."""
+    for name, columns in change.items():
+        table = score_tables.table_at(run.output_uri, name)
+        uris = tuple(manifest.uris(run.output_uri, name)) or (storage.join(run.uri, "run.parquet"),)
+        shutil.rmtree(table.uri)
+        with other_contract(name, lambda contract, columns=columns: [contract.pop(column) for column in columns]):
+            lake.commit(table, lake.Change(new_uris=uris), run_id=run.run_id, base_version=None)
+
+
+def change_text(corpus: str, doc_id: str) -> None:
+    path = f"{corpus}/part-1.parquet"
+    text = pl.when(pl.col("doc_id") == doc_id).then(pl.lit("another text now")).otherwise("text")
+    pl.read_parquet(path).with_columns(text=text).write_parquet(path)
+
+
+OLDER = {"predictions": ["removed_at"], "rejected": ["doc_id"], "runs": ["num_removed", "peak_share"]}
+
+
+def test_tables_of_an_earlier_contract_gain_its_columns_with_the_next_run(corpus, tiny_checkpoint, tmp_path):
+    output = str(tmp_path / "out")
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    before = {name: read(output, name) for name in OLDER}
+    publish_under(OLDER, score_tables.shown(output).run, first)
+    assert not {"removed_at", "doc_id", "num_removed"} & {
+        *read(output, "predictions").drop("doc_id").columns,
+        *read(output, "rejected").columns,
+        *read(output, "runs").columns,
+    }
+    assert score_tables.read_table(output, "predictions")["removed_at"].null_count() == 18  # read, though not there yet
+    assert score_corpus(corpus, tiny_checkpoint, output, spec=SPEC) == first  # a night without change writes nothing
+    assert score_tables.table_at(output, "predictions").load().version() == 0
+
+    change_text(corpus, "doc-15")
+    second = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+
+    ids = [first.run["run_id"], second.run["run_id"]]
+    predictions = read(output, "predictions")
+    same = pl.col("doc_id") != "doc-15"
+    assert_frame_equal(predictions.filter(same), before["predictions"].filter(same))
+    assert predictions.filter(~same)["run_id"].to_list() == ids[1:]
+    told = read(output, "runs").select("run_id", "num_removed").sort(pl.col("run_id") == ids[1])
+    assert told.rows() == [(ids[0], None), (ids[1], 0)]
+    assert read(output, "rejected").columns == before["rejected"].columns
+    versions = lake.versions_by_run(score_tables.table_at(output, "predictions"))
+    assert versions == {ids[1]: 1, ids[0]: 0}
+    assert [run.state for run in run_list.list_runs(output)] == ["shown", "complete"]
+
+
+def test_a_rollback_across_the_change_of_a_contract_and_back(corpus, tiny_checkpoint, tmp_path):
+    output = str(tmp_path / "out")
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    publish_under(OLDER, score_tables.shown(output).run, first)
+    change_text(corpus, "doc-15")
+    second = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    of_second = read(output, "predictions")
+
+    run_list.roll_back(output)
+    assert "removed_at" not in read(output, "predictions").columns
+    assert runs_of(output) == [first.run["run_id"]]
+    assert score_tables.read_table(output, "predictions").columns == of_second.columns
+
+    assert score_corpus(corpus, tiny_checkpoint, output, spec=SPEC).run["run_id"] == second.run["run_id"]
+    assert_frame_equal(read(output, "predictions"), of_second)
+
+
+def test_an_attempt_killed_between_the_commits_that_add_columns_is_completed(
+    corpus, tiny_checkpoint, tmp_path, monkeypatch
+):
+    output, really = str(tmp_path / "out"), lake.commit
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    publish_under(OLDER, score_tables.shown(output).run, first)
+    change_text(corpus, "doc-15")
+
+    def end(table, change, **options):
+        if table.name == "runs" and options["run_id"] != first.run["run_id"]:
+            raise TransientError("the line is cut")
+        return really(table, change, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lake, "commit", end)
+        with pytest.raises(TransientError):
+            score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    assert "removed_at" in read(output, "predictions").columns
+    assert "num_removed" not in read(output, "runs").columns
+
+    second = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+
+    assert runs_of(output) != [first.run["run_id"]]
+    assert set(read(output, "runs")["run_id"]) == {first.run["run_id"], second.run["run_id"]}
+    assert score_tables.table_at(output, "predictions").load().version() == 1
+
+
+@pytest.mark.parametrize("name", ["predictions", "rejected", "runs"])
+def test_tables_that_break_their_contract_stop_the_run_before_work_starts(
+    corpus, tiny_checkpoint, tmp_path, monkeypatch, name
+):
+    output = str(tmp_path / "out")
+    first = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    column = "belt_version" if name == "runs" else "run_id"
+    publish_under({name: [column]}, score_tables.shown(output).run, first)
+    change_text(corpus, "doc-15")
+    files = sorted((tmp_path / "out").rglob("*"))
+    monkeypatch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded"))
+    words = rf"{name} v1, .*/tables/{name}: missing column {column} \(string\), which is required; use the version of"
+
+    with pytest.raises(ConfigError, match=words):
+        score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    with pytest.raises(ConfigError, match=words):
+        score_tables.read_table(output, name)
+
+    assert sorted((tmp_path / "out").rglob("*")) == files
+
+
+def test_a_checkpoint_with_one_more_class_scores_into_the_same_table(corpus, tiny_encoder, output, tmp_path):
+    classes = {"three": ("ham", "other", "spam"), "four": ("ham", "letter", "other", "spam")}
+    for version, (name, labels) in enumerate(classes.items()):
+        folder = save_tiny_checkpoint(tmp_path / name, tiny_encoder, labels)
+
+        score_corpus(corpus, folder, output, spec=SPEC)
+
+        predictions = read(output, "predictions")
+        of_rows = predictions["scores"].list.eval(pl.element().struct.field("label")).to_list()
+        assert of_rows == [list(labels)] * 18
+        assert predictions["logits"].list.len().unique().to_list() == [len(labels)]
+        assert score_tables.table_at(output, "predictions").load().version() == version
+    assert read(output, "predictions", version=0)["scores"].list.len().unique().to_list() == [3]
+    dataset = score_tables.table_at(output, "predictions").load().to_pyarrow_dataset()  # noqa: F841 - DuckDB finds it by name
+    assert duckdb.sql("SELECT DISTINCT len(scores) FROM dataset").fetchall() == [(4,)]
