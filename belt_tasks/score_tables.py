@@ -86,11 +86,11 @@ def shown(output_uri: str) -> Shown | None:
     delta = table.load()
     if delta is None:
         return None
-    for name in SORTED_BY:
-        lake.check(table_at(output_uri, name))
     run_id = lake.shown_run(delta)
     if run_id is None:
         raise ConfigError(f"{table.uri}: is not a table that belt wrote; choose another output")
+    for name in SORTED_BY:
+        lake.check(table_at(output_uri, name))
     run = RunRef(output_uri=output_uri, run_id=run_id)
     return Shown(run=run, manifest=publishing.read_run_manifest(run), version=delta.version())
 

@@ -5,10 +5,12 @@ from datetime import UTC, datetime
 
 import duckdb
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from polars.testing import assert_frame_equal
 
+import data_contracts
 from belt_tasks import corpus as corpora
 from belt_tasks import lake, run_list, score_planning, score_tables, scoring, storage
 from belt_tasks.errors import ConfigError, ConflictError, RejectedError, TransientError
@@ -67,6 +69,9 @@ def test_the_tables_are_those_of_the_run(corpus, tiny_checkpoint, output):
     assert read(output, "runs")["run_id"].to_list() == [manifest.run["run_id"]]
     told = read(output, "runs").select("num_documents", "num_rejected", "num_new", "num_unchanged", "num_removed")
     assert told.rows() == [(18, 2, 18, 0, 0)]
+    for name in score_tables.SORTED_BY:
+        stored = score_tables.table_at(output, name).load().schema().to_arrow()
+        assert data_contracts.is_stored_so(pa.schema(stored), name), name
 
 
 def test_a_night_without_change_does_nothing(corpus, tiny_checkpoint, output, monkeypatch):
