@@ -14,10 +14,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench s3 check format clean
+.PHONY: help demo test contracts release-contracts bench s3 check format clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
 
 demo: .venv/demo  ## install, then run the whole pipeline on real text and say where its results are
 	$(BIN)/belt demo --output .belt/demo
@@ -25,6 +25,9 @@ demo: .venv/demo  ## install, then run the whole pipeline on real text and say w
 test: .venv/test check  ## install, then run the linters, the type checker and all tests that need no GPU
 	mkdir -p $(PREFECT_HOME)
 	$(BIN)/python -m pytest -m "not gpu"
+
+release-contracts: .venv/test  ## make the contracts in work the released ones, if their versions admit to what changed
+	$(BIN)/python -m tests.contracts.release
 
 bench: .venv/bench  ## install, then measure belt's scoring beside its peers; ARGS=--help lists the options
 	$(BIN)/python -m tests.benchmarks.scoring $(ARGS)
