@@ -26,6 +26,11 @@ test: .venv/test check  ## install, then run the linters, the type checker and a
 	mkdir -p $(PREFECT_HOME)
 	$(BIN)/python -m pytest -m "not gpu"
 
+contracts: .venv/test .venv-contracts/installed  ## install datacontract-cli apart, then test contracts and published tables with it
+	rm -rf $(STATE)/contracts && mkdir -p $(STATE)/contracts
+	$(BIN)/python -m tests.contracts.publish_sample $(STATE)/contracts
+	.ci/contracts .venv-contracts/bin/datacontract $(STATE)/contracts
+
 release-contracts: .venv/test  ## make the contracts in work the released ones, if their versions admit to what changed
 	$(BIN)/python -m tests.contracts.release
 
@@ -46,7 +51,7 @@ format: .venv/test  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove everything that the other commands made
-	rm -rf .venv .belt build belt_tasks/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-contracts .belt build belt_tasks/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "belt needs Python 3.11 or newer, got " + sys.version)'
@@ -55,4 +60,11 @@ clean:  ## remove everything that the other commands made
 # A stamp per extra: installed again only when the dependencies or the compiled kernel change.
 .venv/%: .venv/bin/python pyproject.toml constraints.txt belt_tasks/attention_cpu.c
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+# An environment of its own: belt's versions of typer and DuckDB are newer than datacontract-cli allows.
+.venv-contracts/installed: .venv/bin/python .ci/contracts-constraints.txt
+	rm -rf .venv-contracts
+	$(PYTHON) -m venv .venv-contracts
+	.venv-contracts/bin/python -m pip install --quiet --constraint .ci/contracts-constraints.txt 'datacontract-cli[duckdb]'
 	@touch $@
