@@ -256,7 +256,7 @@ def remove_files(uris: Sequence[str]) -> None:
 
 
 def _remove(uri: str) -> None:
-    with _storage_errors(f"remove {uri}"), suppress(FileNotFoundError):
+    with errors_of(f"remove {uri}"), suppress(FileNotFoundError):
         filesystem, path = _resolve(uri)
         filesystem.rm_file(path)
 

@@ -48,6 +48,7 @@ def publish(folder: Path) -> None:
 
 BREAKING = {
     "predictions": "SET num_tokens_scored = num_tokens + 1 WHERE doc_id = 'doc-07'",
+    "evidence": "SET start_char = stop_char + 1 WHERE doc_id = 'doc-07' AND rank = 1",
     "rejected": "SET reason = 'unknown' WHERE row_index = 1",
     "runs": "SET device = '' WHERE num_removed = 1",
 }
