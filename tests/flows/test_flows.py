@@ -330,7 +330,12 @@ def test_a_failed_shard_leaves_the_others_finished(corpus, tiny_checkpoint, tmp_
     assert {path: changed for path, changed in mtimes(output).items() if path in before} == before
     written = mtimes(output).keys() - before.keys()
     assert sorted(Path(path).parent.name for path in written if "/out/runs/" in path) == sorted(
-        ["evidence", "predictions", "rejected", manifest.run["run_id"]]  # of the shard that had failed, and the run's row
+        [
+            "evidence",
+            "predictions",
+            "rejected",
+            manifest.run["run_id"],
+        ]  # of the shard that had failed, and the run's row
     )
     undisturbed = str(tmp_path / "undisturbed")
     score(corpus, tiny_checkpoint, undisturbed)
