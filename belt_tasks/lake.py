@@ -207,19 +207,20 @@ def versions_by_run(table: TableRef) -> dict[str, int]:
     return versions
 
 
-def restore(table: TableRef, version: int, *, run_id: str) -> int:
+def restore(table: TableRef, version: int, *, run_id: str, now: DeltaTable | None = None) -> int:
     """Show an earlier version again, by a new commit; returns that commit's version.
 
     Args:
         table: what to change.
         version: what to show.
         run_id: the run that this version shows.
+        now: the table as it was found; where it has changed since, nothing is restored. None finds it.
 
     Raises:
         ConflictError: a run changed the table at the same moment; nothing was restored.
         ConfigError: files of that version were removed since.
     """
-    delta = table.load()
+    delta = now or table.load()
     if delta is None:
         raise ConfigError(f"{table.uri}: no table is there")
     properties = CommitProperties(custom_metadata={RUN_ID: run_id}, max_commit_retries=0)
@@ -228,8 +229,8 @@ def restore(table: TableRef, version: int, *, run_id: str) -> int:
             delta.restore(version, commit_properties=properties)
     except CommitFailedError as error:
         raise ConflictError(f"{table.uri}: a run changed the table at this moment; nothing was restored") from error
-    now = table.load()
-    return version if now is None else now.version()
+    after = table.load()
+    return version if after is None else after.version()
 
 
 def _checked(table: TableRef, delta: DeltaTable, *, may_have_more: bool = False) -> pa.Schema:

@@ -90,9 +90,10 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
     version = lake.restore(predictions, shown[wanted], run_id=wanted)
     for name in ("evidence", "rejected"):
         follower = table_at(output_uri, name)
+        found = follower.load()  # before predictions are looked at: once they show another run, its tables stay its own
         versions = lake.versions_by_run(follower)
-        if wanted in versions:
-            lake.restore(follower, versions[wanted], run_id=wanted)
+        if wanted in versions and _shown_run(output_uri) == wanted:
+            lake.restore(follower, versions[wanted], run_id=wanted, now=found)
     return RolledBack(run_id=wanted, from_run_id=now, version=version)
 
 

@@ -21,7 +21,7 @@ from belt_tasks.errors import BeltError
 from belt_tasks.specs import ChunkSpec, ScoreSpec
 
 # what each process would otherwise find out anew
-for _name in ("inventory", "predictions", "rejected", "runs", "sources"):
+for _name in ("evidence", "inventory", "predictions", "rejected", "runs", "sources"):
     data_contracts.arrow_schema(_name)
 conversion_mapping.get_checkpoint_conversion_mapping(transformers.models.bert.modeling_bert.BertConfig.model_type)
 

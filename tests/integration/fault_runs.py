@@ -21,7 +21,7 @@ from tests.integration import fault_child
 from tests.integration.fault_proxy import WRITES, Proxy, Request, fault_proxy
 from tests.s3_server import S3Server
 
-TABLES = ("predictions", "rejected", "runs")
+TABLES = ("predictions", "evidence", "rejected", "runs")
 COLUMNS_OF_RUNS = ["run_id", "base_run_id", "num_documents", "num_rejected", "num_new", "num_changed", "num_removed"]
 AT_ONCE = 2  # rounds, each with a process of its own
 LONGEST_S = 60

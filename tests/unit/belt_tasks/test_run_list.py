@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import score_planning, score_tables, scoring, shard_scoring, storage, summaries
+from belt_tasks import lake, score_planning, score_tables, scoring, shard_scoring, storage, summaries
 from belt_tasks.errors import ConfigError
 from belt_tasks.run_list import list_runs, roll_back
 from belt_tasks.score_corpus import score_corpus
@@ -107,6 +107,25 @@ def test_the_night_after_a_rollback_shows_what_it_had_scored(corpus, tiny_checkp
 
     assert night["run_id"] == second
     assert states(output)[second] == "shown"
+
+
+def test_a_run_that_is_shown_during_a_rollback_keeps_its_tables(corpus, tiny_checkpoint, tmp_path, monkeypatch):
+    output = str(tmp_path / "out")
+    for size in (30, 20):
+        score_corpus(corpus, tiny_checkpoint, output, spec=spec(size))
+    restore, shown = lake.restore, []
+
+    def restore_and_score(table, version, **options):
+        made = restore(table, version, **options)
+        if table.name == "predictions":
+            shown.append(score_corpus(corpus, tiny_checkpoint, output, spec=spec(10)).run["run_id"])
+        return made
+
+    monkeypatch.setattr(lake, "restore", restore_and_score)
+    roll_back(output)
+
+    for name in ("predictions", "evidence", "rejected"):
+        assert set(read(output, name)["run_id"]) == set(shown), name
 
 
 def test_what_cannot_be_rolled_back_is_said(corpus, tiny_checkpoint, output):
