@@ -124,6 +124,12 @@ class Changes:
     removed: pl.Series
     """Ids of documents that are gone, ascending; empty where everything else is scored anew anyway."""
 
+    def with_removed(self, more: pl.Series) -> "Changes":
+        """The same, and more documents go."""
+        removed = pl.concat([self.removed, more]).unique().sort()
+        counts = self.counts.model_copy(update={"num_removed": self.counts.num_removed + len(more)})
+        return replace(self, removed=removed, counts=counts)
+
 
 def touched(before: CorpusState | None, now: CorpusState) -> set[str]:
     """Files whose documents may differ: those that came, went or changed, and those whose duplicates did."""

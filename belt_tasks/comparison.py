@@ -85,6 +85,27 @@ def is_current(asked: Question, shown: Shown, known: Sequence[SourceRef]) -> boo
     return not asked.spec.full and policy == asked.spec.removed and _are_all_of(asked, known)
 
 
+def check_evidence(asked: Question, shown: Shown | None, known: Sequence[SourceRef] | None) -> None:
+    """Refuse other settings of evidence where documents keep what was said of them under the old ones.
+
+    Raises:
+        ConfigError: the table would hold both.
+    """
+    if shown is None or asked.spec.full or asked.spec.evidence == "none":
+        return
+    before = ScoreSpec.model_validate_json(shown.manifest.run["spec"])
+    words = [
+        f"{name} was {getattr(before, name)!r} and is {getattr(asked.spec, name)!r} now"
+        for name in ("evidence", "num_evidence_chunks", "evidence_text")
+        if getattr(before, name) != getattr(asked.spec, name)
+    ]
+    if words and any(source.scoring_fingerprint == asked.scoring_fingerprint for source in known or ()):
+        raise ConfigError(
+            f"{shown.run.output_uri}: {', '.join(words)}, but documents that did not change keep their evidence; "
+            "score them again with --full, or ask for the same evidence as before"
+        )
+
+
 def _are_all_of(asked: Question, sources: Sequence[SourceRef]) -> bool:
     keys = [inventory.key_of(file, asked.corpus) for file in asked.files]
     return [source.inventory_key for source in sources] == keys and all(
@@ -122,12 +143,15 @@ def compare(
         left = [before.by_uri[source.source_uri] if source.source_uri in waiting else source for source in chosen]
         now = _state(left, now.duplicates, inventories, asked.corpus)
     unscored = score_tables.never_scored(shown, touched)
+    found = changes.compare(before, now, to_rescore=to_rescore, never_scored=unscored)
+    if before is not None and asked.spec.removed == "delete":
+        found = found.with_removed(score_tables.marked(shown))
     return Comparison(
         before=before,
         now=now,
         to_rescore=to_rescore,
         reread=frozenset(touched | to_rescore),
-        changes=changes.compare(before, now, to_rescore=to_rescore, never_scored=unscored),
+        changes=found,
         is_last=not waiting and len(chosen) == len(sources),
     )
 

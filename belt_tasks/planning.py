@@ -53,6 +53,7 @@ def plan_chunking(
     Raises:
         ConfigError: the corpus, the tokenizer or the output is wrong, or the encoder cannot read such chunks.
     """
+    check_apart(corpus_uri, output_uri)
     shards = corpora.plan_shards(corpus_uri, corpus)
     encoder_source = _absolute_source(encoder_source)
     encoder.check_chunk_size(
@@ -80,6 +81,7 @@ def plan_fine_tuning(
     Raises:
         ConfigError: the corpus, the encoder, the output or a parameter is wrong.
     """
+    check_apart(corpus_uri, output_uri)
     task = training_set.infer_task(corpora.label_column_type(corpus_uri, corpus), spec.task)
     label_role: LabelRole = training_set.LABEL_ROLES[task] if task else "label"
     shards = corpora.plan_shards(corpus_uri, corpus, label_role=label_role)
@@ -116,6 +118,20 @@ def plan_evaluation(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec) ->
     return EvaluationPlan(shards=tuple(corpora.plan_shards(corpus_uri, corpus, label_role=label_role)), head=head)
 
 
+def check_apart(corpus_uri: str, output_uri: str) -> None:
+    """Refuse an output among the files of its corpus, which the next run would read.
+
+    Raises:
+        ConfigError: it is there.
+    """
+    corpus, output = storage.absolute(corpus_uri).rstrip("/"), storage.absolute(output_uri).rstrip("/")
+    if output == corpus or output.startswith(f"{corpus}/"):
+        raise ConfigError(
+            f"{output_uri}: the output must not lie in the corpus ({corpus_uri}), which is read with all its folders; "
+            "choose another output"
+        )
+
+
 def open_run(output_uri: str, run_id: str, *, flow: str) -> RunRef:
     """A run at an output that can be written and holds nothing of another kind.
 
@@ -124,6 +140,8 @@ def open_run(output_uri: str, run_id: str, *, flow: str) -> RunRef:
     """
     output_uri = storage.absolute(output_uri)
     storage.check_writable(output_uri)
+    if any(storage.exists(storage.join(output_uri, name)) for name in ("config.json", checkpoints.CARD_NAME)):
+        raise ConfigError(f"{output_uri}: holds a model; choose another output")
     published = _published_flow(output_uri)
     if published not in (flow, None):
         raise ConfigError(

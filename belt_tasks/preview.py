@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import comparison, inventory, prepare, score_tables, storage
+from belt_tasks import comparison, inventory, planning, prepare, score_tables, storage
 from belt_tasks import corpus as corpora
 from belt_tasks.changes import ChangeCounts, CorpusState
 from belt_tasks.comparison import Comparison, Question
@@ -65,10 +65,12 @@ def preview_scoring(
         ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
     """
     whole = spec.model_copy(update={"publish_every": None})  # all of the steps that it would be published in
+    planning.check_apart(corpus_uri, output_uri)
     asked = comparison.ask(corpus_uri, checkpoint_uri, corpus, whole)
     output_uri = storage.absolute(output_uri)
     shown = score_tables.shown(output_uri)
     known = None if shown is None else comparison.read_sources(shown)
+    comparison.check_evidence(asked, shown, known)
     with tempfile.TemporaryDirectory() as scratch:
         inventories = Inventories(root_uri=storage.join(output_uri, "inventory"), scratch_uri=scratch)
         found = comparison.compare(asked, shown, known, inventories)

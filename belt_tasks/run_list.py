@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Literal
 
-from belt_tasks import lake, publishing, storage
+from belt_tasks import export, lake, publishing, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.score_tables import table_at
@@ -94,6 +94,8 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
         versions = lake.versions_by_run(follower)
         if wanted in versions and _shown_run(output_uri) == wanted:
             lake.restore(follower, versions[wanted], run_id=wanted, now=found)
+    if export.read_export(output_uri) is not None:
+        export.export_predictions(output_uri)
     return RolledBack(run_id=wanted, from_run_id=now, version=version)
 
 

@@ -93,11 +93,13 @@ def plan_scoring(
         ConfigError: the corpus, the checkpoint, the output or a parameter is wrong.
         RejectedError: too many rows are broken; nothing was scored.
     """
+    planning.check_apart(corpus_uri, output_uri)
     asked = comparison.ask(corpus_uri, checkpoint_uri, corpus, spec)
     output_uri = planning.open_run(output_uri, "", flow="score").output_uri
     shown = score_tables.finish(output_uri)
     base_version = None if shown is None else shown.version
     known = None if shown is None else comparison.read_sources(shown)
+    comparison.check_evidence(asked, shown, known)
     if shown is not None and known is not None and comparison.is_current(asked, shown, known):
         return ScorePlan(run=shown.run, manifest=shown.manifest, **_present(asked, base_version))
     run = RunRef(output_uri=output_uri, run_id=_run_id(asked, shown))
@@ -215,8 +217,6 @@ def _write_state(run: RunRef, asked: Question, shown: Shown | None, found: Compa
     if replaces_all:
         return change
     removed = found.changes.removed
-    if not marks:
-        removed = pl.concat([removed, score_tables.marked(shown)]).unique().sort()
     paths = {}
     for name, keys in (("removed", removed.alias("doc_id")), ("reread", pl.Series("source_uri", sorted(found.reread)))):
         if len(keys):

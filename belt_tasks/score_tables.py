@@ -149,8 +149,9 @@ def never_scored(now: Shown | None, files: Collection[str]) -> pl.Series:
 
 
 def marked(now: Shown | None) -> pl.Series:
-    """Ids of documents that are gone, and whose predictions are still there."""
-    predictions = None if now is None else lake.scan(table_at(now.run.output_uri, "predictions"))
+    """Ids of documents that were gone already, and whose predictions are still there."""
+    marks = now is not None and now.manifest.change is not None and now.manifest.change.marked_at is not None
+    predictions = lake.scan(table_at(now.run.output_uri, "predictions")) if now is not None and marks else None
     if predictions is None:
         return pl.Series([], dtype=pl.String)
     return predictions.filter(pl.col("removed_at").is_not_null()).select("doc_id").collect()["doc_id"]

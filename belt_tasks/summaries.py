@@ -68,7 +68,9 @@ def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
     ]
     tables = sorted({file.table for file in manifest.files})
     if run["flow"] == "score":
-        lines += [f"- {table}: `{_table_uri(run, table)}` (Delta Lake)" for table in (*tables, "runs")]
+        shows_evidence = json.loads(run["spec"]).get("evidence", "none") != "none"
+        tables = ["predictions", *(["evidence"] if shows_evidence else []), "rejected", "runs"]
+        lines += [f"- {table}: `{_table_uri(run, table)}` (Delta Lake)" for table in tables]
     else:
         lines += [f"- {table}: `{_pattern(run, table)}`" for table in tables]
     return "\n".join(lines) + "\n"

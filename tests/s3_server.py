@@ -129,7 +129,8 @@ def main() -> None:
     with suppress(KeyboardInterrupt), s3_server(Path(".belt/s3"), port=8333) as server:
         for name, value in server.environment().items():
             typer.echo(f"export {name}={value}")
-        typer.echo(f"# objects of s3://{BUCKET}/ lie under .belt/s3; Ctrl-C stops the server")
+        typer.echo("export AWS_ALLOW_HTTP=true  # for other readers of Delta tables; belt does not need it")
+        typer.echo(f"# the bucket is s3://{BUCKET}/ and is kept in .belt/s3; Ctrl-C stops the server")
         while True:
             signal.pause()
 

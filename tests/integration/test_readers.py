@@ -86,7 +86,7 @@ def test_the_readme_s_queries_answer_their_question(output, database, query):
     if "documents" in found.columns:
         assert found["documents"].sum() == len(present)
     elif "drift" in found.columns:
-        assert found["mean_score"][0] == pytest.approx(table["score"].mean())
+        assert found["mean_score"][0] == pytest.approx(present["score"].mean())
     elif "coverage" in found.columns:
         assert found["coverage"].is_sorted()
     else:

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from belt_tasks import heads, score_tables
+from belt_tasks.errors import ConfigError
 from belt_tasks.evidence import ChunkEvidence
+from belt_tasks.preview import preview_scoring
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.scoring import chunk_evidence, score_windows
-from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, ScoreSpec
+from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
 from belt_tasks.windows import chunk_windows
 from tests.conftest import words
 
@@ -150,6 +152,22 @@ def test_evidence_follows_its_documents(write_corpus, tiny_checkpoint, tmp_path)
     assert second.filter(pl.col("doc_id") == "a").equals(first.filter(pl.col("doc_id") == "a"))
     third = night({"a": words(50), "b": words(60, seed=4)}, evidence="none")
     assert third["doc_id"].unique().to_list() == ["a"]  # what was said of b before is not true any more
+
+
+def test_a_table_holds_no_two_kinds_of_evidence(corpus, tiny_checkpoint, tmp_path):
+    output = str(tmp_path / "out")
+    score_corpus(corpus, tiny_checkpoint, output, spec=spec())
+
+    words_of_it = "evidence was 'top' and is 'all' now, evidence_text was False and is True now, but documents"
+    for ask in (score_corpus, preview_scoring):
+        with pytest.raises(ConfigError, match=words_of_it):
+            ask(corpus, tiny_checkpoint, output, CorpusSpec(), spec(evidence="all", evidence_text=True))
+
+    score_corpus(corpus, tiny_checkpoint, output, spec=spec(evidence="all", evidence_text=True, full=True))
+    assert score_tables.read_table(output, "evidence")["text"].null_count() == 0
+    other_rules = ScoreSpec(device="cpu", chunks=ChunkSpec(chunk_size=15, stride=15))
+    score_corpus(corpus, tiny_checkpoint, output, spec=other_rules)
+    assert score_tables.read_table(output, "evidence")["rank"].max() == 3
 
 
 def test_without_evidence_there_is_no_such_table(corpus, tiny_checkpoint, tmp_path):

@@ -50,7 +50,6 @@ def test_every_night_is_exported_whole(corpus, tiny_checkpoint, s3_root, monkeyp
     assert [file.version for file in storage.list_files(f"{s3_root}/export", suffix="")] == before
 
     roll_back(s3_root)
-    export_predictions(s3_root)
     check(s3_root)
 
 

@@ -177,7 +177,8 @@ def test_documents_that_are_gone_may_stay_marked(corpus, tiny_checkpoint, output
     gone = table.filter(pl.col("removed_at").is_not_null())
     assert gone["doc_id"].to_list() == [f"doc-{i}" for i in range(10, 20) if i != 13]
     assert gone["removed_at"].n_unique() == 1
-    score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)  # and deleted when the policy is to delete
+    deleted = score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)  # when the policy is to delete
+    assert deleted.run["num_removed"] == len(gone)
     assert read(output, "predictions")["doc_id"].to_list() == [f"doc-0{i}" for i in range(10) if i != 3]
 
 
@@ -300,6 +301,17 @@ def test_a_run_is_planned_on_one_whose_tables_are_complete(corpus, tiny_checkpoi
 def test_an_output_that_cannot_hold_tables_is_refused_before_work_starts(corpus, tiny_checkpoint):
     with pytest.raises(ConfigError, match="tables are published to local paths and to abfs, gs, s3"):
         score_planning.plan_scoring(corpus, tiny_checkpoint, "memory://out", CorpusSpec(), SPEC)
+
+
+def test_an_output_in_the_corpus_or_in_a_model_is_refused(corpus, tiny_checkpoint, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    for output in (corpus, f"{corpus}/out", f"{corpus}/."):
+        with pytest.raises(ConfigError, match="the output must not lie in the corpus"):
+            score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
+    with pytest.raises(ConfigError, match="holds a model; choose another output"):
+        score_corpus(corpus, tiny_checkpoint, tiny_checkpoint, spec=SPEC)
+    assert sorted(tmp_path.rglob("*")) == before
+    score_corpus(f"{corpus}/*.parquet", tiny_checkpoint, f"{corpus}-out", spec=SPEC)
 
 
 def test_shards_are_sorted_and_say_so(corpus, tiny_checkpoint, tmp_path):

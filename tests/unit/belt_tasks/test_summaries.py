@@ -78,6 +78,7 @@ def test_run_summary():
         "- output: `s3://bucket/out`",
         "- manifest: `s3://bucket/out/runs/0123456789abcdef/manifest.json`",
         "- predictions: `s3://bucket/out/tables/predictions` (Delta Lake)",
+        "- evidence: `s3://bucket/out/tables/evidence` (Delta Lake)",
         "- rejected: `s3://bucket/out/tables/rejected` (Delta Lake)",
         "- runs: `s3://bucket/out/tables/runs` (Delta Lake)",
     ]
