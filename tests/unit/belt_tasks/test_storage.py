@@ -5,6 +5,7 @@ import resource
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import fsspec
 import pyarrow as pa
@@ -410,29 +411,29 @@ def test_written_parquet_is_plain_parquet(tmp_path):
     assert pq.read_table(tmp_path / "t.parquet").equals(TABLE)
 
 
-@pytest.fixture
+@contextmanager
 def no_room() -> Iterator[None]:
-    """This process's files cannot grow beyond some bytes, as on a disk that is full."""
+    """This process's files cannot grow beyond some bytes, as on a disk that is full; its log's neither."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 NOISE = pa.table({"key": [os.urandom(16).hex() for _ in range(10_000)]})
 
 
-@pytest.mark.usefixtures("no_room")
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
     uri = str(tmp_path / "out" / "a.parquet")
 
-    with pytest.raises(ConfigError, match=f"cannot write {uri}: File too large"):
+    with no_room(), pytest.raises(ConfigError, match=f"cannot write {uri}: File too large"):
         storage.write_parquet(uri, NOISE)
 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.usefixtures("no_room")
 @pytest.mark.parametrize(
     ("write", "words"),
     [
@@ -443,7 +444,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path):
 def test_a_full_temporary_directory_is_named(tmp_path, monkeypatch, write, words):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    with pytest.raises(ConfigError, match=f"cannot {words} in {tmp_path}: File too large"):
+    with no_room(), pytest.raises(ConfigError, match=f"cannot {words} in {tmp_path}: File too large"):
         write()
 
     assert list(tmp_path.iterdir()) == []
