@@ -222,7 +222,7 @@ def test_a_prediction_depends_on_its_document_alone(
     block_tokens,
     max_batch_tokens,
 ):
-    folder = tmp_path_factory.mktemp("together")
+    folder, output = tmp_path_factory.mktemp("together"), str(tmp_path_factory.mktemp("output") / "out")
     for i in range(num_files):
         ids = order[i::num_files]
         table = pa.table({"doc_id": ids, "text": [LAW_TEXTS[doc_id] for doc_id in ids]})
@@ -232,9 +232,9 @@ def test_a_prediction_depends_on_its_document_alone(
         patch.setattr(corpus, "BATCH_ROWS", batch_rows)
         patch.setattr(prepare, "BLOCK_TOKENS", block_tokens)
         spec = ScoreSpec(device="cpu", batches=BatchSpec(max_batch_tokens=max_batch_tokens))
-        score(str(folder), tiny_checkpoint, str(folder / "out"), spec)
+        score(str(folder), tiny_checkpoint, output, spec)
 
-    together = dict(score_tables.read_table(str(folder / "out"), "predictions").select("doc_id", "logits").rows())
+    together = dict(score_tables.read_table(output, "predictions").select("doc_id", "logits").rows())
     assert together.keys() == alone.keys()
     for doc_id, logits in together.items():
         np.testing.assert_allclose(logits, alone[doc_id], atol=1e-5, rtol=0)
