@@ -97,6 +97,8 @@ class TableChange(Spec):
     """Files whose rejected rows are found anew."""
     marked_at: str | None = None
     """Documents that are gone stay, marked with this moment."""
+    is_last: bool = True
+    """Whether the tables are those of the whole corpus after it; otherwise it is a step on the way."""
 
 
 class Manifest(Spec):

@@ -3,13 +3,15 @@
 from datetime import datetime
 from typing import Literal
 
-from belt_tasks import export, lake, publishing, storage
-from belt_tasks.errors import ConfigError
+from belt_tasks import export, lake, publishing, score_planning, storage
+from belt_tasks.errors import ConfigError, RejectedError
 from belt_tasks.publishing import Manifest, RunRef
+from belt_tasks.receipts import Counts
+from belt_tasks.score_planning import ScorePlan
 from belt_tasks.score_tables import table_at
 from belt_tasks.specs import Spec
 
-State = Literal["shown", "complete", "unfinished"]
+State = Literal["shown", "complete", "unfinished", "refused"]
 
 
 class RunSummary(Spec):
@@ -17,9 +19,16 @@ class RunSummary(Spec):
 
     run_id: str
     state: State
-    """shown: what readers see; complete: was shown, or can be; unfinished: killed, failed or under way."""
+    """shown: what readers see; complete: was shown, or can be; unfinished: killed, failed or under way; refused: not
+    scored, since too many rows are put aside."""
+    reason: str | None = None
+    """Why it was refused."""
+    is_step: bool = False
+    """Whether the tables are not those of the whole corpus after it."""
     num_shards: int
     """That are finished."""
+    num_shards_planned: int | None = None
+    """Of a scoring run."""
     flow: str | None = None
     started_at: datetime | None = None
     num_documents: int | None = None
@@ -57,9 +66,24 @@ def list_runs(output_uri: str) -> list[RunSummary]:
     done = [_of_manifest(publishing.read_run_manifest(_run(output_uri, run_id)), shown) for run_id in complete]
     done.sort(key=lambda run: (run.started_at is not None, run.started_at), reverse=True)
     unfinished = sorted(num_receipts.keys() - set(complete))
-    return done + [
-        RunSummary(run_id=run_id, state="unfinished", num_shards=num_receipts[run_id]) for run_id in unfinished
-    ]
+    return done + [_unfinished(_run(output_uri, run_id), num_receipts[run_id]) for run_id in unfinished]
+
+
+def earlier_steps(manifest: Manifest) -> list[Manifest]:
+    """The runs before this one since the tables were last those of a whole corpus, the first one first.
+
+    They are the steps in which a night was published; those whose manifests are gone are left out.
+    """
+    steps: list[Manifest] = []
+    while manifest.change is not None and manifest.change.base_run_id is not None:
+        base = _run(manifest.run["output_uri"], manifest.change.base_run_id)
+        if not storage.exists(base.manifest_uri):
+            break
+        manifest = publishing.read_run_manifest(base)
+        if manifest.change is None or manifest.change.is_last:
+            break
+        steps.insert(0, manifest)
+    return steps
 
 
 def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
@@ -112,11 +136,38 @@ def _run(output_uri: str, run_id: str) -> RunRef:
     return RunRef(output_uri=storage.absolute(output_uri), run_id=run_id)
 
 
+def _unfinished(run: RunRef, num_shards: int) -> RunSummary:
+    """What a run without a manifest has come to; only scoring runs write a plan."""
+    plan = score_planning.read_plan(run)
+    if plan is None:
+        return RunSummary(run_id=run.run_id, state="unfinished", num_shards=num_shards)
+    reason = None if num_shards else _refusal(plan)
+    return RunSummary(
+        run_id=run.run_id,
+        state="unfinished" if reason is None else "refused",
+        reason=reason,
+        is_step=not plan.is_last,
+        num_shards=num_shards,
+        num_shards_planned=len(plan.shards),
+        flow="score",
+        num_rejected=None if plan.receipt is None else plan.receipt.counts.num_rejected,
+    )
+
+
+def _refusal(plan: ScorePlan) -> str | None:
+    try:
+        plan.check_rejected_share(Counts())
+    except RejectedError as error:
+        return str(error)
+    return None
+
+
 def _of_manifest(manifest: Manifest, shown: str | None) -> RunSummary:
     run = manifest.run
     return RunSummary(
         run_id=run["run_id"],
         state="shown" if run["run_id"] == shown else "complete",
+        is_step=manifest.change is not None and not manifest.change.is_last,
         num_shards=run["num_shards"],
         flow=run["flow"],
         started_at=datetime.fromisoformat(run["started_at"]),

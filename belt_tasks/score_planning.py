@@ -55,8 +55,11 @@ class ScorePlan(Spec):
     num_rows: int = 0
     """Rows, good and bad, of the files that the run reads."""
     num_rows_to_score: int = 0
-    is_last: bool = True
-    """Whether the published table is that of the whole corpus after it."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the published table is that of the whole corpus after it."""
+        return self.change is None or self.change.is_last
 
     def check_rejected_share(self, of_shards: Counts) -> None:
         """Refuse to go on where too many rows are put aside.
@@ -103,7 +106,7 @@ def plan_scoring(
     if shown is not None and known is not None and comparison.is_current(asked, shown, known):
         return ScorePlan(run=shown.run, manifest=shown.manifest, **_present(asked, base_version))
     run = RunRef(output_uri=output_uri, run_id=_run_id(asked, shown))
-    plan = _read_plan(run)
+    plan = read_plan(run)
     if plan is None:
         plan = _plan_changes(asked, run, shown, known)
     found = {"run": run, "manifest": publishing.find_complete(run)}
@@ -126,14 +129,13 @@ def _plan_changes(asked: Question, run: RunRef, shown: Shown | None, known: list
         change=_write_state(run, asked, shown, found),
         num_rows=sum(source.num_rows for source in found.now.sources if source.source_uri in found.reread),
         num_rows_to_score=sum(len(rows) for rows in found.changes.rows_to_score.values()),
-        is_last=found.is_last,
         **_present(asked, None),
     )
     storage.write_bytes(run.plan_uri, plan.model_dump_json(indent=1).encode())
     return plan
 
 
-def _read_plan(run: RunRef) -> ScorePlan | None:
+def read_plan(run: RunRef) -> ScorePlan | None:
     """What an earlier attempt at this run planned."""
     return ScorePlan.model_validate_json(storage.read_bytes(run.plan_uri)) if storage.exists(run.plan_uri) else None
 
@@ -213,7 +215,8 @@ def _write_state(run: RunRef, asked: Question, shown: Shown | None, found: Compa
     storage.write_parquet(run.duplicates_uri, found.now.duplicates.to_arrow())
     marks = asked.spec.removed == "mark"
     replaces_all = found.before is None or (not marks and found.to_rescore == found.now.by_uri.keys())
-    change = TableChange(base_run_id=None if shown is None else shown.run_id, replaces_all=replaces_all)
+    base_run_id = None if shown is None else shown.run_id
+    change = TableChange(base_run_id=base_run_id, replaces_all=replaces_all, is_last=found.is_last)
     if replaces_all:
         return change
     removed = found.changes.removed

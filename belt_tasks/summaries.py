@@ -31,19 +31,20 @@ SHOWN_METRICS = {
 }
 
 
-def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
+def run_summary(manifest: Manifest, *, asked_at: datetime, earlier_steps: Sequence[Manifest] = ()) -> str:
     """Counts, rejected rows with reasons, cost by stage, and where everything is.
 
     Args:
         manifest: of the run.
         asked_at: when the caller asked for it; a run that had finished before was not done again.
+        earlier_steps: the runs before this one that published parts of the same corpus.
     """
     run = manifest.run
     reused = datetime.fromisoformat(run["finished_at"]) < asked_at
     lines = [
         f"## {run['flow']}: {run['num_documents']:,} documents, run {run['run_id']}",
         "",
-        *(["This run was complete already: nothing was done again.", ""] if reused else []),
+        *([_reused(run), ""] if reused else []),
         *_table(
             ["", ""],
             [
@@ -55,6 +56,7 @@ def run_summary(manifest: Manifest, *, asked_at: datetime) -> str:
                 *_cost(run),
                 ["shards", f"{run['num_shards']:,}"],
                 ["wall clock", _seconds(run["elapsed_s"])],
+                *_steps([*earlier_steps, manifest]),
             ],
         ),
         "",
@@ -91,7 +93,7 @@ def preview_summary(found: ScorePreview) -> str:
                 ["changed documents", _count(counts.num_changed)],
                 ["unchanged documents", _count(counts.num_unchanged)],
                 ["removed documents", _count(counts.num_removed)],
-                ["rejected rows in these files", _rejected(found.num_rejected, found.rejected_by_reason)],
+                ["rejected rows in the files to read", _rejected(found.num_rejected, found.rejected_by_reason)],
                 ["documents to score", unit],
                 ["estimated time of the model", _seconds(found.estimated_s)],
             ],
@@ -154,10 +156,12 @@ def runs_summary(runs: Sequence[RunSummary]) -> str:
     rows = [
         [
             run.run_id,
-            run.state,
+            f"{run.state} (a step)" if run.is_step else run.state,
             run.flow or "",
             "" if run.started_at is None else f"{run.started_at:%Y-%m-%d %H:%M}",
-            _count(run.num_shards),
+            _count(run.num_shards)
+            if run.num_shards_planned is None
+            else f"{run.num_shards:,} of {run.num_shards_planned:,}",
             *("" if number is None else _count(number) for number in (run.num_documents, run.num_rejected)),
             "" if run.elapsed_s is None else _seconds(run.elapsed_s),
             "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
@@ -175,7 +179,8 @@ def runs_summary(runs: Sequence[RunSummary]) -> str:
         "wall clock",
         "tokens per second",
     ]
-    return "\n".join(_table(header, rows)) + "\n"
+    reasons = [f"- {run.run_id}: {run.reason}" for run in runs if run.reason is not None]
+    return "\n".join([*_table(header, rows), *(["", *reasons] if reasons else [])]) + "\n"
 
 
 def demo_summary(
@@ -288,10 +293,30 @@ def _chunks(run: dict[str, Any]) -> str:
     return _count(run["num_chunks"]) + (f", {redundant:.1%} of them redundant" if redundant else "")
 
 
+def _reused(run: dict[str, Any]) -> str:
+    if run["flow"] == "score":
+        return f"Nothing has changed since run {run['run_id']}, so nothing was scored. What that run did:"
+    return "This run was complete already: nothing was done again."
+
+
+def _steps(manifests: Sequence[Manifest]) -> list[list[str]]:
+    """What the steps of a night did together."""
+    if len(manifests) == 1:
+        return []
+    runs = [manifest.run for manifest in manifests]
+    documents, rejected, seconds = (
+        sum(run[name] for run in runs) for name in ("num_documents", "num_rejected", "elapsed_s")
+    )
+    words = f"{documents:,} documents, {rejected:,} rejected rows, {_seconds(seconds)}"
+    return [[f"in all {len(runs)} steps", words]]
+
+
 def _changes(run: dict[str, Any]) -> list[list[str]]:
     if run["num_new"] is None:
         return []
     words = [f"{name} {run[f'num_{name}']:,}" for name in ("new", "changed", "unchanged", "removed")]
+    if run["num_documents"] > run["num_new"] + run["num_changed"]:
+        words[2] += " (some of them scored again)"
     base = "" if run["base_run_id"] is None else f", since run {run['base_run_id']}"
     return [["of the corpus", ", ".join(words) + base]]
 

@@ -152,9 +152,11 @@ def score(
             from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 
             manifest = flow(corpus, checkpoint, output, columns, spec, storage_block)
-            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            from belt_tasks import run_list, summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest, asked_at=asked_at))
+            steps = run_list.earlier_steps(manifest)
+
+    _print(summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=steps))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from prefect import flow, unmapped
 from prefect.artifacts import create_markdown_artifact
 
-from belt_tasks import summaries
+from belt_tasks import run_list, summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from flows import tasks
@@ -56,5 +56,6 @@ def score(
             break
     if spec.export:
         tasks.export_predictions(plan.run.output_uri)
-    create_markdown_artifact(summaries.run_summary(manifest, asked_at=asked_at), key="score-summary")
+    told = summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=run_list.earlier_steps(manifest))
+    create_markdown_artifact(told, key="score-summary")
     return manifest

@@ -331,3 +331,9 @@ def s3(s3_server, monkeypatch) -> Iterator[S3Server]:
 def s3_root(s3) -> str:  # noqa: ARG001 - finds the server by the environment
     """An empty prefix on the server."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request, tmp_path) -> str:
+    """An empty place to publish to."""
+    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3_root")

@@ -58,7 +58,7 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     code, scored, said = belt(*arguments)
     assert (code, said) == (0, "")
     assert f"- output: `{tmp_path / 'scored'}`" in scored
-    assert "complete already" not in scored
+    assert "nothing was scored" not in scored
     assert spec_of(tmp_path / "scored").chunks == ChunkSpec(chunk_size=30, stride=10)
     assert spec_of(tmp_path / "scored").pooling == PoolingSpec(pooling_strategy="max")
 
@@ -67,7 +67,7 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     assert "| unchanged documents | 35 |" in planned
     code, again, _ = belt(*arguments)
     assert code == 0
-    assert "This run was complete already: nothing was done again." in again
+    assert "so nothing was scored. What that run did:" in again
 
     before = score_tables.shown(str(tmp_path / "scored")).run_id
     code, _, _ = belt(*arguments[:-1], 20)

@@ -245,7 +245,7 @@ def test_a_complete_run_is_not_done_again_and_a_changed_file_makes_another(
         state = score(corpus, tiny_checkpoint, output, return_state=True)
     assert state.result() == first
     assert mtimes(output) == before
-    assert "This run was complete already" in artifact(client, state, "score-summary")
+    assert "so nothing was scored" in artifact(client, state, "score-summary")
 
     changed = pl.read_parquet(f"{corpus}/part-1.parquet").with_columns(text=pl.lit("a window"))
     changed.write_parquet(f"{corpus}/part-1.parquet")

@@ -35,12 +35,6 @@ def corpus(tmp_path):
     return tmp_path / "corpus"
 
 
-@pytest.fixture(params=["local", "s3"])
-def output(request, tmp_path) -> str:
-    """An empty place to publish to."""
-    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3_root")
-
-
 def files(output: str) -> dict[str, int]:
     found = storage.list_files(output, suffix="", hidden=True)
     return {file.uri.removeprefix(output): file.num_bytes for file in found}

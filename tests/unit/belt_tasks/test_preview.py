@@ -71,4 +71,4 @@ def test_a_corpus_that_would_be_refused_is_called_so(corpus, tiny_checkpoint, tm
     assert found.is_refused
     told = summaries.preview_summary(found)
     assert "Nothing would be published: 3.3% of 30 rows would be rejected" in told
-    assert "| rejected rows in these files | 1 (text_null 1) |" in told
+    assert "| rejected rows in the files to read | 1 (text_null 1) |" in told

@@ -1,24 +1,20 @@
 """The runs of an output are listed with how far they came, and a bad night is rolled back by one commit."""
 
+from datetime import datetime
+
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
 from belt_tasks import lake, score_planning, score_tables, scoring, shard_scoring, storage, summaries
-from belt_tasks.errors import ConfigError
-from belt_tasks.run_list import list_runs, roll_back
+from belt_tasks.errors import ConfigError, RejectedError
+from belt_tasks.run_list import earlier_steps, list_runs, roll_back
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
 
 
 def spec(size: int) -> ScoreSpec:
     return ScoreSpec(chunks=ChunkSpec(chunk_size=size, stride=size), max_rejected_share=0.2)
-
-
-@pytest.fixture(params=["local", "s3"])
-def output(request, tmp_path) -> str:
-    """An empty place to publish to."""
-    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3_root")
 
 
 @pytest.fixture
@@ -66,7 +62,42 @@ def test_runs_are_listed_with_their_state_and_cost(corpus, tiny_checkpoint, outp
     assert (runs[0].num_documents, runs[0].num_rejected, runs[0].elapsed_s) == (8, 2, second["elapsed_s"])
     told = summaries.runs_summary(runs).splitlines()
     assert told[2].startswith(f"| {second['run_id']} | shown | score | 20")
-    assert told[4] == f"| {plan.run.run_id} | unfinished |  |  | 1 |  |  |  |  |"
+    assert told[4] == f"| {plan.run.run_id} | unfinished | score |  | 1 of 2 |  | 2 |  |  |"
+
+
+def test_a_refused_run_says_why(corpus, tiny_checkpoint, output):
+    score_corpus(corpus, tiny_checkpoint, output, spec=spec(30))
+    strict = spec(20).model_copy(update={"max_rejected_share": 0.1})
+    with pytest.raises(RejectedError) as refused:
+        score_corpus(corpus, tiny_checkpoint, output, spec=strict)
+
+    run = list_runs(output)[1]
+
+    assert (run.state, run.num_shards, run.num_shards_planned, run.num_rejected) == ("refused", 0, 2, 2)
+    assert run.reason == str(refused.value)
+    assert summaries.runs_summary(list_runs(output)).endswith(f"\n\n- {run.run_id}: {run.reason}\n")
+
+    lenient = score_corpus(corpus, tiny_checkpoint, output, spec=spec(20)).run
+    assert lenient["run_id"] == run.run_id
+    assert set(states(output).values()) == {"shown", "complete"}
+
+
+def test_steps_of_a_night_are_told_together(corpus, tiny_checkpoint, output):
+    before = score_corpus(corpus, tiny_checkpoint, output, spec=spec(30))
+    stepwise = spec(20).model_copy(update={"publish_every": 1})
+
+    last = score_corpus(corpus, tiny_checkpoint, output, spec=stepwise)
+
+    (step,) = earlier_steps(last)
+    assert earlier_steps(before) == earlier_steps(step) == []
+    assert [run.is_step for run in list_runs(output)] == [False, True, False]
+    assert f"| {step.run['run_id']} | complete (a step) |" in summaries.runs_summary(list_runs(output))
+    counts = [(run.run["num_documents"], run.run["num_rejected"]) for run in (step, last)]
+    assert counts == [(4, 1), (4, 1)]
+    asked_at = datetime.fromisoformat(before.run["finished_at"])
+    told = summaries.run_summary(last, asked_at=asked_at, earlier_steps=[step])
+    assert "| in all 2 steps | 8 documents, 2 rejected rows, " in told
+    assert "in all" not in summaries.run_summary(before, asked_at=asked_at, earlier_steps=[])
 
 
 def test_rolling_back_shows_what_was_shown_and_again_undoes_it(corpus, tiny_checkpoint, output):

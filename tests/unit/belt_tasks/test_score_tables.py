@@ -22,12 +22,6 @@ SPEC = ScoreSpec(chunks=ChunkSpec(chunk_size=30, stride=30), max_rejected_share=
 OTHER = ScoreSpec(chunks=ChunkSpec(chunk_size=20, stride=20), max_rejected_share=0.1)
 
 
-@pytest.fixture(params=["local", "s3"])
-def output(request, tmp_path) -> str:
-    """An empty place to publish to."""
-    return str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3_root")
-
-
 @pytest.fixture
 def corpus(tmp_path) -> str:
     """Two files of ten documents; one has no text, one an id that came before."""

@@ -126,9 +126,18 @@ def test_what_left_tokens_unread_is_told(chunks, told):
 
 
 def test_a_run_that_had_finished_before_it_was_asked_for_says_so():
-    words = "This run was complete already: nothing was done again."
+    for flow, words in {
+        "score": "Nothing has changed since run 0123456789abcdef, so nothing was scored. What that run did:",
+        "chunk": "This run was complete already: nothing was done again.",
+    }.items():
+        assert words in summaries.run_summary(manifest(flow=flow), asked_at=ASKED_AT + timedelta(minutes=2))
+        assert words not in summaries.run_summary(manifest(flow=flow), asked_at=ASKED_AT)
 
-    assert words in summaries.run_summary(manifest(), asked_at=ASKED_AT + timedelta(minutes=2))
+
+def test_documents_that_were_scored_though_they_had_not_changed_are_told():
+    words = "unchanged 7,000 (some of them scored again)"
+
+    assert words in summaries.run_summary(manifest(num_documents=19_345), asked_at=ASKED_AT)
     assert words not in summaries.run_summary(manifest(), asked_at=ASKED_AT)
 
 
