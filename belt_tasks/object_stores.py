@@ -18,11 +18,13 @@ import fsspec.config
 from fsspec.spec import AbstractBufferedFile
 from obstore.exceptions import BaseError, PreconditionError, UnknownConfigurationKeyError
 from obstore.fsspec import FsspecStore
+from obstore.store import from_url
 
 from belt_tasks.errors import BeltError, ConfigError, TransientError
 
 if TYPE_CHECKING:
     from obstore import GetOptions
+    from obstore.store import ObjectStore, RetryConfig
 
 Options = Mapping[str, Any]
 
@@ -38,7 +40,7 @@ FAMILIES = {
 """Protocols of each cloud, and the name under which it is configured."""
 
 # a store that is throttled, restarted or out of reach for some seconds is not an error
-RETRIES = {
+RETRIES: "RetryConfig" = {
     "max_retries": 12,
     "retry_timeout": timedelta(seconds=90),
     "backoff": {
@@ -47,6 +49,7 @@ RETRIES = {
         "max_backoff": timedelta(seconds=10),
     },
 }
+FIRST_PATIENCE = timedelta(seconds=5)  # a store that has never answered is more likely a wrong address
 
 # fsspec's name of an option -> the store's
 NAMES = {
@@ -151,6 +154,25 @@ class ObjectFileSystem(FsspecStore):
             return [cls._strip_protocol(each) for each in path]
         return re.sub(r"^[a-z0-9]+://", "", str(path)).rstrip("/")
 
+    def _construct_store(self, bucket: str) -> "ObjectStore":
+        """A bucket's store, once something has answered there; called once a bucket."""
+        try:
+            self.store(bucket, RETRIES | {"retry_timeout": FIRST_PATIENCE}).head(".belt-probe")
+        except (BaseError, FileNotFoundError) as error:
+            if "status code" not in str(error) and isinstance(error_of(error, "reach it"), TransientError):
+                raise
+        return self.store(bucket, RETRIES)
+
+    def store(self, bucket: str, retries: "RetryConfig") -> "ObjectStore":
+        """A bucket's store; nothing is asked of it."""
+        return from_url(
+            f"{self.protocol}://{bucket}",
+            config=self._config,  # type: ignore[arg-type] - of this protocol
+            client_options=self._client_options,
+            retry_config=retries,
+            credential_provider=self._credential_provider,  # type: ignore[arg-type]
+        )
+
     async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fsspec's
         info: dict[str, Any] = await super()._info(path, **kwargs)
         return info | {"name": self._strip_protocol(path)}
@@ -204,13 +226,19 @@ def error_of(error: Exception, action: str) -> BeltError:
     if any(trace in text for trace in TRACES_OF_NO_CREDENTIALS):
         return ConfigError(f"cannot {action}: no credentials are configured")
     said = ", ".join(part[1] for part in (code, message) if part)  # not in the answer to a HEAD request
-    what = said or (status and MEANINGS.get(status[1])) or text.splitlines()[0]
+    what = said or (status and MEANINGS.get(status[1])) or _plain(text.splitlines()[0])
     if status is None:
         kind = TransientError if TRACES_OF_NO_ANSWER.search(text) else ConfigError
         return kind(f"cannot {action}: {what}")
     if status[1] in RETRIED_STATUSES or status[1].startswith("5"):
         return TransientError(f"cannot {action}: {what}")
     return ConfigError(f"cannot {action}: {what} ({status[1]})")
+
+
+def _plain(line: str) -> str:
+    """An error without how often it was tried, and without the address's path and query, which may hold a signature."""
+    request = re.search(r"Error performing \w+ (\w+://[^/?\s]+)\S* in .* - (.*)", line)
+    return re.sub(r"(\w+://[^/?\s]+)\S*", r"\1", line if request is None else f"{request[2]} ({request[1]})")
 
 
 def _translate(family: str, values: Options) -> dict[str, str]:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Listener = Callable[[str, int, int | None], None]
+Hearer = Callable[[str], None]
 
 _listeners: list[Listener] = []
+_hearers: list[Hearer] = []
 _stopping = threading.Event()
 
 
@@ -29,14 +31,29 @@ def advance(stage: str, num_done: int, *, num_more: int | None = None) -> None:
         listener(stage, num_done, num_more)
 
 
+def say(words: str) -> None:
+    """Tell whoever runs the stages what happened, in a sentence."""
+    for hearer in _hearers:
+        hearer(words)
+
+
 @contextmanager
-def listen(listener: Listener) -> Iterator[None]:
-    """Call `listener(stage, num_done, num_more)` for every report from this process while the block lasts."""
+def listen(listener: Listener, hearer: Hearer | None = None) -> Iterator[None]:
+    """Call `listener(stage, num_done, num_more)` for every report from this process while the block lasts.
+
+    Args:
+        listener: of reports.
+        hearer: of sentences.
+    """
+    hearers = [] if hearer is None else [hearer]
     _listeners.append(listener)
+    _hearers.extend(hearers)
     try:
         yield
     finally:
         _listeners.remove(listener)
+        for each in hearers:
+            _hearers.remove(each)
 
 
 def stop() -> None:

@@ -452,7 +452,7 @@ def _complain(message: str) -> None:
 @contextmanager
 def _running() -> Iterator[None]:
     """A Prefect server to run against; progress bars on a terminal, a line now and then elsewhere."""
-    with local_server(), ProgressBars(errors) as bars, progress.listen(bars.advance):
+    with local_server(), ProgressBars(errors) as bars, progress.listen(bars.advance, bars.say):
         yield
 
 

@@ -41,6 +41,10 @@ class ProgressBars:
         """Leave the last state on the screen."""
         self._progress.stop()
 
+    def say(self, words: str) -> None:
+        """A line of its own, above the bars."""
+        self._progress.console.print(words, markup=False)
+
     def advance(self, stage: str, num_done: int, num_more: int | None) -> None:
         """A stage reports; see `belt_tasks.progress.advance`."""
         if stage not in self._tasks:

@@ -43,9 +43,13 @@ POLL_S = 1.0
 one_worker = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=1))
 
 
-def only_transient(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Retry what a retry can cure, and nothing else."""
-    return isinstance(state.result(raise_on_failure=False), TransientError)
+def only_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Retry what a retry can cure, and nothing else; whoever waits is told."""
+    error = state.result(raise_on_failure=False)
+    if not isinstance(error, TransientError):
+        return False
+    progress.say(f"{error}; trying again in {RETRY_DELAYS_S[run.run_count - 1]:.0f} seconds")
+    return True
 
 
 def bind(function: Callable[P, R], *, task_run_name: str | None = None) -> Task[P, R]:

@@ -14,7 +14,7 @@ from prefect import flow
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import ParameterTypeError
 
-from belt_tasks import checkpoint, planning, publishing, score_planning, score_tables, scoring, storage
+from belt_tasks import checkpoint, planning, progress, publishing, score_planning, score_tables, scoring, storage
 from belt_tasks.errors import ConfigError, ShardError, TransientError
 from belt_tasks.progress import StoppedError, advance, stop
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec, TrainSpec
@@ -277,8 +277,11 @@ def test_a_transient_error_is_retried(monkeypatch):
             raise TransientError("dropped connection")
         return "done"
 
-    assert run_in_flow(third_time_lucky) == "done"
+    told = []
+    with progress.listen(lambda *_: None, told.append):
+        assert run_in_flow(third_time_lucky) == "done"
     assert calls == [0, 1, 2]
+    assert told == ["dropped connection; trying again in 0 seconds"] * 2
 
 
 @pytest.mark.parametrize(

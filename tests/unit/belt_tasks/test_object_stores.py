@@ -104,6 +104,30 @@ def test_a_wrong_configuration_is_one_clear_error_without_secrets(s3_root, monke
         assert len(str(raised.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            (
+                "Generic S3 error: Error performing PUT https://host.test:9000/bucket/key?X-Amz-Signature=secret in 5.2s, "
+                "after 8 retries, max_retries: 12, retry_timeout: 5s  - HTTP error: error sending request"
+            ),
+            "cannot act: HTTP error: error sending request (https://host.test:9000)",
+        ),
+        (
+            (
+                "Generic MicrosoftAzure error: Error performing GET https://a.blob.core.windows.net/c?sig=secret in 1ms - "
+                "Server returned non-2xx status code: 404 Not Found"
+            ),
+            "cannot act: Server returned non-2xx status code: 404 Not Found (https://a.blob.core.windows.net) (404)",
+        ),
+        ("something else at https://host.test/path?sig=secret", "cannot act: something else at https://host.test"),
+    ],
+)
+def test_an_address_is_told_without_its_path_and_signature(line, words):
+    assert str(object_stores.error_of(Exception(line), "act")) == words
+
+
 @pytest.mark.usefixtures("s3")
 def test_a_missing_bucket_is_named():
     with pytest.raises(ConfigError, match=r"s3://nothing-here/corpus: NoSuchBucket, The specified bucket"):
@@ -188,7 +212,7 @@ def test_options_of_every_cloud_are_those_of_delta_lake():
             "azure_skip_signature": "false",
         }
         # taken by the store itself, which does not look for anything yet
-        assert object_stores.filesystem("az")._construct_store("container") is not None
+        assert object_stores.filesystem("az").store("container", object_stores.RETRIES) is not None
     finally:
         object_stores.configure({})
 
@@ -224,7 +248,7 @@ def test_a_connection_that_drops_in_the_middle_of_an_object_is_made_again(s3, s3
     cut = []
 
     def answer(number, client, forward):
-        if number == 0:
+        if number == 1:  # the first one only asks whether the store is there
             forward(client, most_bytes=1_000_000)
             cut.append(number)
         else:

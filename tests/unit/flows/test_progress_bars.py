@@ -23,5 +23,12 @@ def test_a_long_stage_says_how_far_it_is(monkeypatch):
     assert lines(monkeypatch, seconds=20)[:2] == ["encode: 10 chunks of 40 so far", "encode: 20 chunks of 40 so far"]
 
 
+def test_what_stages_say_is_a_line_of_its_own():
+    written = io.StringIO()
+    with progress_bars.ProgressBars(Console(file=written, soft_wrap=True)) as bars:
+        bars.say("cannot read s3://bucket/[a]: no answer")
+    assert written.getvalue() == "cannot read s3://bucket/[a]: no answer\n"
+
+
 def test_a_quick_command_says_nothing(monkeypatch):
     assert lines(monkeypatch, seconds=1) == []
