@@ -167,7 +167,7 @@ class ObjectFileSystem(FsspecStore):
         """A bucket's store; nothing is asked of it."""
         return from_url(
             f"{self.protocol}://{bucket}",
-            config=self._config,  # type: ignore[arg-type] - of this protocol
+            config=self._config,  # type: ignore[arg-type]  # of this protocol
             client_options=self._client_options,
             retry_config=retries,
             credential_provider=self._credential_provider,  # type: ignore[arg-type]

@@ -109,15 +109,15 @@ def test_a_wrong_configuration_is_one_clear_error_without_secrets(s3_root, monke
     [
         (
             (
-                "Generic S3 error: Error performing PUT https://host.test:9000/bucket/key?X-Amz-Signature=secret in 5.2s, "
-                "after 8 retries, max_retries: 12, retry_timeout: 5s  - HTTP error: error sending request"
+                "Generic S3 error: Error performing PUT https://host.test:9000/bucket/key?X-Amz-Signature=secret "
+                "in 5.2s, after 8 retries, max_retries: 12, retry_timeout: 5s  - HTTP error: error sending request"
             ),
             "cannot act: HTTP error: error sending request (https://host.test:9000)",
         ),
         (
             (
-                "Generic MicrosoftAzure error: Error performing GET https://a.blob.core.windows.net/c?sig=secret in 1ms - "
-                "Server returned non-2xx status code: 404 Not Found"
+                "Generic MicrosoftAzure error: Error performing GET https://a.blob.core.windows.net/c?sig=secret "
+                "in 1ms - Server returned non-2xx status code: 404 Not Found"
             ),
             "cannot act: Server returned non-2xx status code: 404 Not Found (https://a.blob.core.windows.net) (404)",
         ),
