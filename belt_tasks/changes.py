@@ -76,7 +76,8 @@ class CorpusState:
         names = [name for name in DOCUMENTS if name != "source"]
         frame = self.inventories.read(self.sources[i].inventory_key, names)
         wanted = (pl.col("doc_id").hash() % part[1] == part[0]) & pl.col("content_fingerprint").is_not_null()
-        return self._without_duplicates(uri, frame.filter(wanted)).select(pl.lit(i, pl.Int32).alias("source"), *names)
+        frame = self._without_duplicates(uri, frame.filter(wanted)).select(pl.lit(i, pl.Int32).alias("source"), *names)
+        return frame if part[1] == 1 else _compact(frame)
 
     def rows(self, uri: str) -> pl.Series:
         """Positions in a file of its documents."""
@@ -183,6 +184,11 @@ def compare(
     )
 
 
+def _compact(frame: pl.DataFrame) -> pl.DataFrame:
+    """The same without the rows that it was filtered from, which its strings would keep in memory."""
+    return pl.DataFrame(frame.to_arrow(compat_level=pl.CompatLevel.oldest()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Difference:
     """How documents differ from earlier ones; columns of DOCUMENTS."""
@@ -205,9 +211,7 @@ def _differ(old: pl.DataFrame, new: pl.DataFrame) -> _Difference:
     )
 
 
-def _find_difference(
-    before: CorpusState, now: CorpusState, files: Collection[str], never_scored: pl.Series
-) -> _Difference:
+def _find_difference(before: CorpusState, now: CorpusState, files: set[str], never_scored: pl.Series) -> _Difference:
     """Compare file by file first, where most documents stayed in theirs, and then what is left across files.
 
     What is left is compared part by part where it is much, which reads the files once more for each part.
@@ -217,30 +221,40 @@ def _find_difference(
         old = before.documents(uri, part=part)
         return _differ(old.filter(~pl.col("doc_id").is_in(never_scored.implode())), now.documents(uri, part=part))
 
-    def of_part(part: tuple[int, int], most: float) -> tuple[_Difference, int]:
-        """What differs, unless more documents than `most` are left over, and how many there are."""
+    def of_part(part: tuple[int, int], most: float = math.inf) -> _Difference | None:
+        """What differs; None where more documents than `most` are left over."""
         nothing = DOCUMENTS.to_frame()
         new, changed, gone, num_left = [nothing], [nothing], [nothing], 0
         with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
             for found in threads.map(lambda uri: of_file(uri, part), sorted(files)):
                 num_left += max(len(found.new), len(found.gone))
+                if num_left > most:
+                    return None
                 changed.append(found.changed)
-                if num_left <= most:
-                    new.append(found.new)
-                    gone.append(found.gone)
+                new.append(found.new)
+                gone.append(found.gone)
         across = _differ(pl.concat(gone), pl.concat(new))
-        return replace(across, changed=pl.concat([*changed, across.changed])), num_left
+        found = replace(across, changed=pl.concat([*changed, across.changed]))
+        return _Difference(new=_compact(found.new), changed=_compact(found.changed), gone=_compact(found.gone))
 
-    whole, num_left = of_part((0, 1), ROWS_AT_ONCE)
-    if num_left <= ROWS_AT_ONCE:
+    num_moved = max(
+        _num_documents(before, files - now.by_uri.keys()), _num_documents(now, files - before.by_uri.keys())
+    )
+    whole = of_part((0, 1), ROWS_AT_ONCE) if num_moved <= ROWS_AT_ONCE else None
+    if whole is not None:
         return whole
-    num_parts = -(-2 * num_left // ROWS_AT_ONCE)  # twice as many as would do on average
-    parts = [of_part((i, num_parts), math.inf)[0] for i in range(num_parts)]
+    num_most = max(_num_documents(before, files), _num_documents(now, files))
+    num_parts = -(-num_most // ROWS_AT_ONCE)
+    parts = [found for i in range(num_parts) if (found := of_part((i, num_parts)))]
     return _Difference(
         new=pl.concat(part.new for part in parts),
         changed=pl.concat(part.changed for part in parts),
         gone=pl.concat(part.gone for part in parts),
     )
+
+
+def _num_documents(state: CorpusState, files: Collection[str]) -> int:
+    return sum(state.by_uri[uri].num_documents for uri in files if uri in state.by_uri)
 
 
 def _key(state: CorpusState, uri: str) -> str | None:
