@@ -35,13 +35,30 @@ FIRST = ("manifest.json", "plan.json")
 """Removed before all else, so that half a run never looks like a whole one."""
 
 
+class Removed(Spec):
+    """Files that belong together."""
+
+    what: str
+    num_files: int
+    num_bytes: int
+
+
 class Cleaned(Spec):
     """What was removed, or would be."""
 
     num_unfinished_runs: int
     """Runs that did not finish or were never shown."""
-    num_files: int
-    num_bytes: int
+    parts: tuple[Removed, ...]
+
+    @property
+    def num_files(self) -> int:
+        """In all."""
+        return sum(part.num_files for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """In all."""
+        return sum(part.num_bytes for part in self.parts)
 
 
 def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -> Cleaned:
@@ -67,23 +84,29 @@ def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -
         runs.setdefault(run_id, []).append(file)
     old = {run_id: files for run_id, files in runs.items() if max(file.changed_at for file in files) < limit}
     orphans = old.keys() - set(shown)
-    removed = [file for run_id in orphans for file in old[run_id]]
-    for run_id in old.keys() & set(shown[1:]):
+    found = {f"run {run_id}, never shown": old[run_id] for run_id in sorted(orphans)}
+    for run_id in sorted(old.keys() & set(shown[1:])):
         folder = RunRef(output_uri=output_uri, run_id=run_id).uri
-        removed += [file for file in old[run_id] if file.uri.removeprefix(f"{folder}/").startswith(TAKEN_IN)]
-    removed += _unknown_inventories(output_uri, runs.keys() - orphans, limit)
+        taken_in = [file for file in old[run_id] if file.uri.removeprefix(f"{folder}/").startswith(TAKEN_IN)]
+        found[f"run {run_id}, what the tables have taken in"] = taken_in
+    found["inventories that no run knows"] = _unknown_inventories(output_uri, runs.keys() - orphans, limit)
     for name in SORTED_BY:
         table = table_at(output_uri, name)
         expired = set(lake.expired_files(table))
-        removed += [file for file in _files(table.uri) if file.uri in expired and file.changed_at < limit]
+        left = [file for file in _files(table.uri) if file.uri in expired and file.changed_at < limit]
+        found[f"table {name}, what no version refers to"] = left
     if not dry_run:
+        removed = [file for files in found.values() for file in files]
         first = [file.uri for file in removed if file.uri.rpartition("/")[2] in FIRST]
         storage.remove_files(first)
         storage.remove_files([file.uri for file in removed if file.uri not in set(first)])
     return Cleaned(
         num_unfinished_runs=len(orphans),
-        num_files=len(removed),
-        num_bytes=sum(file.num_bytes for file in removed),
+        parts=tuple(
+            Removed(what=what, num_files=len(files), num_bytes=sum(file.num_bytes for file in files))
+            for what, files in found.items()
+            if files
+        ),
     )
 
 

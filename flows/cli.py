@@ -358,7 +358,9 @@ def clean(
         done = cleaning.clean_up(output, older_than=timedelta(days=older_than), dry_run=dry_run)
         verb = "Would remove" if dry_run else "Removed"
         runs_left = f"{done.num_unfinished_runs:,} runs that were never shown"
-        _print(f"{verb} {done.num_files:,} files ({done.num_bytes / 1e6:,.1f} MB), among them {runs_left}.")
+        told = f"{verb} {done.num_files:,} files ({done.num_bytes / 1e6:,.1f} MB), among them {runs_left}."
+        parts = [f"- {part.what}: {part.num_files:,} files, {part.num_bytes / 1e6:,.1f} MB" for part in done.parts]
+        _print("\n".join([told, "", *parts] if parts else [told]))
 
 
 @app.command()

@@ -80,7 +80,7 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     code, cleaned, _ = belt("runs", "clean", tmp_path / "scored", "--older-than", 0, "--dry-run")
     assert code == 0
     assert cleaned.startswith("Would remove ")
-    assert cleaned.endswith("among them 0 runs that were never shown.\n")
+    assert "among them 0 runs that were never shown.\n\n- run " in cleaned
     code, _, said = belt("rollback", tmp_path / "nowhere")
     assert (code, said) == (1, f"Error: {tmp_path / 'nowhere'}: nothing was published there\n")
 

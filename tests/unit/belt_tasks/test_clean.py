@@ -68,6 +68,11 @@ def test_what_nobody_needs_goes_and_all_else_stays(corpus, tiny_checkpoint, outp
     left = files(output)
     gone = {name: size for name, size in everything.items() if name not in left}
     assert (done.num_unfinished_runs, done.num_files, done.num_bytes) == (1, len(gone), sum(gone.values()))
+    assert [part.what for part in done.parts] == [
+        f"run {plan.run.run_id}, never shown",
+        f"run {first}, what the tables have taken in",
+        "inventories that no run knows",
+    ]
     assert [run.run_id for run in list_runs(output)] == [second, first]
     assert not [name for name in left if plan.run.run_id in name or "/c.parquet" in name]
     assert len([name for name in left if name.startswith("/inventory/")]) == 3  # of a, and of b twice
