@@ -151,12 +151,24 @@ def scan(table: TableRef) -> pl.LazyFrame | None:
     if delta is None:
         return None
     _checked(table, delta, may_have_more=True)
-    rows = pl.scan_delta(delta)
-    stored = rows.collect_schema()
+    with _delta_errors(f"read {table.uri}"):
+        rows = pl.scan_delta(delta)
+        stored = rows.collect_schema()
     wanted = pl.DataFrame(data_contracts.arrow_schema(table.name).empty_table()).schema
     rows = rows.with_columns(pl.lit(None).alias(name) for name in wanted if name not in stored)
     # a cast of all columns would keep filters from the files
     return rows.cast({name: wanted[name] for name in wanted if stored.get(name) != wanted[name]}).select(wanted.names())
+
+
+def collect(rows: pl.LazyFrame, table: TableRef) -> pl.DataFrame:
+    """What was asked of a table's rows.
+
+    Raises:
+        ConfigError: they cannot be read.
+        TransientError: the store did not answer.
+    """
+    with _delta_errors(f"read {table.uri}"):
+        return rows.collect()
 
 
 def check(table: TableRef) -> None:
@@ -191,17 +203,16 @@ def expired_files(table: TableRef) -> list[str]:
 
 def shown_run(delta: DeltaTable) -> str | None:
     """The run that the table shows: the last one that changed it."""
-    for entry in delta.history(MOST_HISTORY):
-        if RUN_ID in entry:
-            return str(entry[RUN_ID])
-    return None
+    runs = (entry[RUN_ID] for entry in _history(delta, MOST_HISTORY) if RUN_ID in entry)
+    found = next(runs, None)
+    return None if found is None else str(found)
 
 
 def versions_by_run(table: TableRef) -> dict[str, int]:
     """The runs that a table has shown, the present one first, each with the last version that shows it."""
     delta = table.load()
     versions: dict[str, int] = {}
-    for entry in [] if delta is None else delta.history():
+    for entry in [] if delta is None else _history(delta):
         if RUN_ID in entry:
             versions.setdefault(str(entry[RUN_ID]), int(entry["version"]))
     return versions
@@ -248,7 +259,8 @@ def _checked(table: TableRef, delta: DeltaTable, *, may_have_more: bool = False)
 
 def _is_committed(delta: DeltaTable, run_id: str, base_version: int | None) -> bool:
     """Whether a run has changed the table since a version, or is what it shows."""
-    made = delta.transaction_version(_app_id(run_id))
+    with _delta_errors(f"read {delta.table_uri}"):
+        made = delta.transaction_version(_app_id(run_id))
     return made is not None and (made > _number(base_version) or shown_run(delta) == run_id)
 
 
@@ -296,7 +308,7 @@ class _Group:
 
 
 def _files(delta: DeltaTable, table: TableRef) -> list[_TableFile]:
-    frame = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
+    frame = pl.DataFrame(_add_actions(delta))
     bounds = [f"min.{table.key}", f"max.{table.key}"]
     frame = frame.with_columns(pl.lit(None, pl.String).alias(name) for name in bounds if name not in frame.columns)
     return [
@@ -464,14 +476,26 @@ def _delta_errors(action: str) -> Iterator[None]:
         yield
     except (CommitFailedError, TableNotFoundError):
         raise
-    except (DeltaError, OSError, ValueError) as error:
+    except (DeltaError, OSError, ValueError, pl.exceptions.ComputeError) as error:
         if "already exists at that location" in str(error):  # two runs made the table
             raise CommitFailedError(str(error)) from None
         raise object_stores.error_of(error, action) from None
 
 
 def _num_rows(delta: DeltaTable) -> int:
-    return int(sum(pa.table(delta.get_add_actions(flatten=True))["num_records"].to_pylist()))
+    return int(sum(_add_actions(delta)["num_records"].to_pylist()))
+
+
+def _add_actions(delta: DeltaTable) -> pa.Table:
+    """The files of a version."""
+    with _delta_errors(f"read {delta.table_uri}"):
+        return pa.table(delta.get_add_actions(flatten=True))
+
+
+def _history(delta: DeltaTable, most: int | None = None) -> list[dict[str, Any]]:
+    """The last commits, the last one first."""
+    with _delta_errors(f"read {delta.table_uri}"):
+        return delta.history(most)
 
 
 def _app_id(run_id: str) -> str:

@@ -24,6 +24,7 @@ from belt_tasks.errors import BeltError, ConfigError, TransientError
 
 if TYPE_CHECKING:
     from obstore import GetOptions
+    from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import ObjectStore, RetryConfig
 
 Options = Mapping[str, Any]
@@ -51,6 +52,8 @@ RETRIES: "RetryConfig" = {
 }
 FIRST_PATIENCE = timedelta(seconds=5)  # a store that has never answered is more likely a wrong address
 
+PROFILE = "aws_profile"  # the stores themselves know none
+
 # fsspec's name of an option -> the store's
 NAMES = {
     "s3": {
@@ -60,6 +63,7 @@ NAMES = {
         "endpoint_url": "aws_endpoint",
         "region_name": "aws_region",
         "anon": "aws_skip_signature",
+        "profile": PROFILE,
     },
     "gs": {"token": "google_service_account", "anon": "google_skip_signature"},
     "abfs": {
@@ -111,7 +115,7 @@ def configure(options: Mapping[str, Options]) -> None:
 
 
 def options(protocol: str) -> dict[str, str]:
-    """What is configured for a protocol beside the environment, in the store's names; as Delta Lake takes it.
+    """What is configured for a protocol beside the environment, in the store's names.
 
     Raises:
         ConfigError: fsspec's configuration has an option that is not known.
@@ -123,6 +127,22 @@ def options(protocol: str) -> dict[str, str]:
     return found | _configured.get(family, {})
 
 
+def delta_options(protocol: str) -> dict[str, str]:
+    """What Delta Lake is told of a protocol's store beside the environment.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    found = {name: value for name, value in options(protocol).items() if name != PROFILE} | {"allow_http": "true"}
+    profile = filesystem(protocol).profile
+    if profile is not None:
+        who = profile()
+        found |= {"aws_access_key_id": who["access_key_id"], "aws_secret_access_key": who["secret_access_key"]}
+        more = {"aws_session_token": who.get("token"), "aws_region": profile.config.get("region")}
+        found |= {name: value for name, value in more.items() if value is not None}
+    return found
+
+
 @cache
 def filesystem(protocol: str) -> "ObjectFileSystem":
     """The filesystem of a protocol, as it is configured.
@@ -131,18 +151,23 @@ def filesystem(protocol: str) -> "ObjectFileSystem":
         ConfigError: the configuration is wrong.
     """
     chosen = options(protocol)
-    return ObjectFileSystem(  # type: ignore[call-overload,no-any-return]
+    profile = _profile(chosen) if FAMILIES[protocol] == "s3" else None
+    found = ObjectFileSystem(  # type: ignore[call-overload]
         protocol,
-        config=chosen or None,
+        config={name: value for name, value in chosen.items() if name != PROFILE} or None,
         client_options={"allow_http": True},  # where an endpoint says so
         retry_config=RETRIES,
-        credential_provider=_profile(chosen) if FAMILIES[protocol] == "s3" else None,
+        credential_provider=profile,
         skip_instance_cache=True,
     )
+    found.profile = profile
+    return found  # type: ignore[no-any-return]
 
 
 class ObjectFileSystem(FsspecStore):
     """obstore's filesystem, with paths taken literally, one listing for a whole tree, and whole names of objects."""
+
+    profile: "Boto3CredentialProvider | None" = None
 
     def _split_path(self, path: str) -> tuple[str, str]:
         bucket, _, key = self._strip_protocol(path).partition("/")
@@ -217,7 +242,8 @@ def error_of(error: Exception, action: str) -> BeltError:
 
     Nothing secret is in it.
     """
-    text = str(error).partition("Debug source")[0].strip()
+    text = re.sub("\x1b\\[[0-9]+m", "", str(error)).partition("Debug source")[0].strip()
+    lines = [line.strip(" ↳") for line in text.splitlines()]  # from what failed to its cause
     status = re.search(r"status code: (\d+)", text)
     code = re.search(r"<Code>([^<]*)</Code>", text)
     message = re.search(r"<Message>([^<]*)</Message>", text)
@@ -225,8 +251,9 @@ def error_of(error: Exception, action: str) -> BeltError:
         return ConfigError(f"cannot {action}: {text}")
     if any(trace in text for trace in TRACES_OF_NO_CREDENTIALS):
         return ConfigError(f"cannot {action}: no credentials are configured")
-    said = ", ".join(part[1] for part in (code, message) if part)  # not in the answer to a HEAD request
-    what = said or (status and MEANINGS.get(status[1])) or _plain(text.splitlines()[0])
+    # not in the answer to a HEAD request; the numbers of the request follow in more lines
+    said = ", ".join(part[1].strip().partition("\n")[0] for part in (code, message) if part)
+    what = said or (status and MEANINGS.get(status[1])) or _plain(": ".join(dict.fromkeys([lines[0], lines[-1]])))
     if status is None:
         kind = TransientError if TRACES_OF_NO_ANSWER.search(text) else ConfigError
         return kind(f"cannot {action}: {what}")
@@ -267,16 +294,23 @@ def _translate(family: str, values: Options) -> dict[str, str]:
     }
 
 
-def _profile(chosen: Options) -> Any:  # noqa: ANN401 - a credential provider
+def _profile(chosen: Options) -> "Boto3CredentialProvider | None":
     """Credentials of a profile of AWS's own configuration, where nothing else names any."""
     given = {name.lower() for name in os.environ} | set(chosen)
     if {"aws_access_key_id", "aws_skip_signature", "aws_web_identity_token_file"} & given:
         return None
     folder = Path.home() / ".aws"
-    if "aws_profile" not in given and not (folder / "credentials").exists() and not (folder / "config").exists():
+    if PROFILE not in given and not (folder / "credentials").exists() and not (folder / "config").exists():
         return None
     try:
-        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - optional
+        import boto3  # noqa: PLC0415 - optional
+        from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - optional
+        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - needs boto3
     except ImportError as error:
         raise ConfigError("AWS profiles need boto3: pip install boto3") from error
-    return Boto3CredentialProvider()
+    try:
+        return Boto3CredentialProvider(boto3.Session(profile_name=chosen.get(PROFILE)))
+    except BotoCoreError as error:
+        raise ConfigError(f"AWS's own configuration: {error}") from None
+    except ValueError:
+        raise ConfigError(f"no credentials are configured in {folder}") from None

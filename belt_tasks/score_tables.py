@@ -70,10 +70,11 @@ def read_table(output_uri: str, name: str, *, columns: list[str] | None = None) 
     Raises:
         ConfigError: nothing was published there, or the table's columns are not those of its contract.
     """
-    rows = lake.scan(table_at(storage.absolute(output_uri), name))
+    table = table_at(storage.absolute(output_uri), name)
+    rows = lake.scan(table)
     if rows is None:
         raise ConfigError(f"{output_uri}: nothing is published there (no table {name})")
-    return (rows if columns is None else rows.select(columns)).sort(*SORTED_BY[name]).collect()
+    return lake.collect((rows if columns is None else rows.select(columns)).sort(*SORTED_BY[name]), table)
 
 
 def shown(output_uri: str) -> Shown | None:
@@ -141,20 +142,23 @@ def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None)
 
 def never_scored(now: Shown | None, files: Collection[str]) -> pl.Series:
     """Ids of documents of some files that were fit for use but have no prediction: the model gave no number."""
-    rejected = None if now is None else lake.scan(table_at(now.run.output_uri, "rejected"))
-    if rejected is None:
-        return pl.Series([], dtype=pl.String)
-    chosen = rejected.filter(pl.col("reason") == "output_not_finite", pl.col("source_uri").is_in(list(files)))
-    return chosen.select("doc_id").collect()["doc_id"]
+    chosen = (pl.col("reason") == "output_not_finite") & pl.col("source_uri").is_in(list(files))
+    return _ids(now, "rejected", chosen)
 
 
 def marked(now: Shown | None) -> pl.Series:
     """Ids of documents that were gone already, and whose predictions are still there."""
     marks = now is not None and now.manifest.change is not None and now.manifest.change.marked_at is not None
-    predictions = lake.scan(table_at(now.run.output_uri, "predictions")) if now is not None and marks else None
-    if predictions is None:
+    return _ids(now if marks else None, "predictions", pl.col("removed_at").is_not_null())
+
+
+def _ids(now: Shown | None, name: str, chosen: pl.Expr) -> pl.Series:
+    """Ids of some rows of a table; none where there is no such table."""
+    table = None if now is None else table_at(now.run.output_uri, name)
+    rows = None if table is None else lake.scan(table)
+    if table is None or rows is None:
         return pl.Series([], dtype=pl.String)
-    return predictions.filter(pl.col("removed_at").is_not_null()).select("doc_id").collect()["doc_id"]
+    return lake.collect(rows.filter(chosen).select("doc_id"), table)["doc_id"]
 
 
 def _change(

@@ -317,7 +317,7 @@ def delta_options(uri: str) -> dict[str, str]:
     if protocol not in object_stores.FAMILIES:
         known = ", ".join(sorted(set(object_stores.FAMILIES.values())))
         raise ConfigError(f"{uri}: tables are published to local paths and to {known}, got {protocol}://")
-    return object_stores.options(protocol) | {"allow_http": "true"}
+    return object_stores.delta_options(protocol)
 
 
 def check_writable(uri: str) -> None:

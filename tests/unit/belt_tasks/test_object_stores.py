@@ -6,8 +6,10 @@ import threading
 from contextlib import contextmanager
 
 import fsspec.config
+import polars as pl
 import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 
 from belt_tasks import object_stores, sorted_files, storage
 from belt_tasks.errors import BeltError, ConfigError, TransientError
@@ -121,6 +123,16 @@ def test_a_wrong_configuration_is_one_clear_error_without_secrets(s3_root, monke
             ),
             "cannot act: Server returned non-2xx status code: 404 Not Found (https://a.blob.core.windows.net) (404)",
         ),
+        (
+            (
+                "Generic MicrosoftAzure error: Error performing list request: Error performing GET "
+                "https://a.blob.core.windows.net/c?sig=secret in 1ms - "
+                "Server returned non-2xx status code: 404 Not Found: <Error>"
+                "<Code>ContainerNotFound</Code><Message>The container does not exist.\nRequestId:7e13\nTime:2026"
+                "</Message></Error>"
+            ),
+            "cannot act: ContainerNotFound, The container does not exist. (404)",
+        ),
         ("something else at https://host.test/path?sig=secret", "cannot act: something else at https://host.test"),
     ],
 )
@@ -155,6 +167,49 @@ def test_without_any_credentials_that_is_said(s3_root, monkeypatch, tmp_path):
         object_stores.configure({})
         with pytest.raises(BeltError, match="no credentials are configured"):
             storage.list_files(s3_root, suffix=".parquet")
+
+
+@pytest.fixture
+def aws_folder(s3, s3_root, tmp_path, monkeypatch):  # noqa: ARG001 - after the server's own variables
+    """AWS's own configuration with one profile, and nothing else that says who one is."""
+    folder = tmp_path / ".aws"
+    folder.mkdir()
+    key, secret, _ = KEYS["belt"]
+    (folder / "credentials").write_text(f"[night]\naws_access_key_id={key}\naws_secret_access_key={secret}\n")
+    (folder / "config").write_text("[profile night]\nregion=us-east-1\n[profile nobody]\nregion=us-east-1\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    object_stores.configure({})
+    yield folder
+    object_stores.configure({})
+
+
+@pytest.mark.usefixtures("aws_folder")
+@pytest.mark.parametrize("way", ["environment", "configure"])
+def test_a_profile_of_aws_s_configuration_is_taken_for_objects_and_tables(s3_root, monkeypatch, way):
+    if way == "environment":
+        monkeypatch.setenv("AWS_PROFILE", "night")
+    else:
+        object_stores.configure({"s3": {"profile": "night"}})
+
+    storage.write_bytes(f"{s3_root}/a", b"here")
+    write_deltalake(f"{s3_root}/table", pa.table({"a": [1]}), storage_options=storage.delta_options(s3_root))
+
+    assert storage.read_bytes(f"{s3_root}/a") == b"here"
+    assert pl.read_delta(f"{s3_root}/table", storage_options=storage.delta_options(s3_root))["a"].to_list() == [1]
+
+
+@pytest.mark.usefixtures("aws_folder")
+@pytest.mark.parametrize(
+    ("profile", "words"),
+    [("day", r"AWS's own configuration: .*\(day\) could not be found"), ("nobody", "no credentials are configured in")],
+)
+def test_a_profile_that_is_missing_or_empty_is_said(s3_root, profile, words):
+    object_stores.configure({"s3": {"profile": profile}})
+    with pytest.raises(ConfigError, match=words):
+        storage.read_bytes(f"{s3_root}/a")
 
 
 @pytest.mark.parametrize("way", ["fsspec", "configure"])
