@@ -13,7 +13,7 @@ finishes a shard within the limit.
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
-from belt_tasks import lake, storage
+from belt_tasks import delta_tables, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef
 from belt_tasks.score_tables import SORTED_BY, table_at
@@ -74,7 +74,7 @@ def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -
     """
     output_uri = storage.absolute(output_uri)
     predictions = table_at(output_uri, "predictions")
-    shown = list(lake.versions_by_run(predictions))
+    shown = list(delta_tables.versions_by_run(predictions))
     if not shown:
         raise ConfigError(f"{output_uri}: nothing was published there by `belt score`")
     limit = datetime.now(UTC) - older_than
@@ -92,7 +92,7 @@ def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -
     found["inventories that no run knows"] = _unknown_inventories(output_uri, runs.keys() - orphans, limit)
     for name in SORTED_BY:
         table = table_at(output_uri, name)
-        expired = set(lake.expired_files(table))
+        expired = set(delta_tables.expired_files(table))
         left = [file for file in _files(table.uri) if file.uri in expired and file.changed_at < limit]
         found[f"table {name}, what no version refers to"] = left
     if not dry_run:

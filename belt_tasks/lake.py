@@ -13,8 +13,7 @@ then rewrites every file. Where its rows could not satisfy the contract, nothing
 import json
 import math
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -23,51 +22,25 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError
 from deltalake.schema import Schema
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
 import data_contracts
-from belt_tasks import object_stores, sorted_files, storage
+from belt_tasks import delta_tables, sorted_files, storage
+from belt_tasks.delta_tables import TableRef
 from belt_tasks.errors import ConfigError, ConflictError, TransientError
 from belt_tasks.sorted_files import SortedFile
 
 FILE_ROWS = 250_000
 """Rows of a file, about; some 20 MB of predictions."""
-RUN_ID = "belt.run_id"  # in a commit's metadata
 REMOVED_AT = "removed_at"
-MOST_HISTORY = 100  # commits looked back for one of belt's; there are others where someone maintains the table
 MOST_CHARACTERS = 128  # longer strings are no use as bounds; the key's are always whole
 
 TABLE_PROPERTIES = {
     "delta.logRetentionDuration": "interval 3650 days",  # the history says which run made what
     "delta.deletedFileRetentionDuration": "interval 30 days",  # and what can be gone back to
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableRef:
-    """A published table."""
-
-    uri: str
-    name: str
-    """Of its contract."""
-    key: str
-    """Its first sorting column; a run replaces all rows of a key together."""
-    order: tuple[str, ...] = ()
-    """Further sorting columns."""
-
-    def load(self, version: int | None = None) -> DeltaTable | None:
-        """The table as it is now, or was; None where there is none.
-
-        Raises:
-            ConfigError: the place cannot be read, or Delta Lake cannot write there.
-        """
-        with _delta_errors(f"read {self.uri}"):
-            try:
-                return DeltaTable(self.uri, version=version, storage_options=storage.delta_options(self.uri))
-            except TableNotFoundError:
-                return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +85,14 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
     """
     delta = table.load()
     if delta is not None and _is_committed(delta, run_id, base_version):
-        return Committed(version=delta.version(), num_rows=_num_rows(delta), num_files_written=0, reused=True)
+        return Committed(
+            version=delta.version(), num_rows=delta_tables.num_rows(delta), num_files_written=0, reused=True
+        )
     version = None if delta is None else delta.version()
     if version != base_version:
         raise ConflictError(_conflict(table, base_version, version))
     schema = data_contracts.arrow_schema(table.name)
-    widens = delta is not None and not data_contracts.is_stored_so(_checked(table, delta), table.name)
+    widens = delta is not None and not data_contracts.is_stored_so(delta_tables.checked(table, delta), table.name)
     old = [] if delta is None else _files(delta, table)
     new = [SortedFile.read(uri, table.key) for uri in change.new_uris]
     removed = [SortedFile.read(uri, table.key) for uri in change.removed_uris]
@@ -136,50 +111,9 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
     after = table.load()
     if after is None or not _is_committed(after, run_id, base_version):
         raise TransientError(f"cannot see what was committed to {table.uri}")
-    return Committed(version=after.version(), num_rows=_num_rows(after), num_files_written=len(adds), reused=False)
-
-
-def scan(table: TableRef) -> pl.LazyFrame | None:
-    """The table's rows as they are now, in the columns of the contract; None where there is none.
-
-    Columns that the table does not have yet are null, and those that only a later contract has are left out.
-
-    Raises:
-        ConfigError: its columns are not those of the contract.
-    """
-    delta = table.load()
-    if delta is None:
-        return None
-    _checked(table, delta, may_have_more=True)
-    with _delta_errors(f"read {table.uri}"):
-        rows = pl.scan_delta(delta)
-        stored = rows.collect_schema()
-    wanted = pl.DataFrame(data_contracts.arrow_schema(table.name).empty_table()).schema
-    rows = rows.with_columns(pl.lit(None).alias(name) for name in wanted if name not in stored)
-    # a cast of all columns would keep filters from the files
-    return rows.cast({name: wanted[name] for name in wanted if stored.get(name) != wanted[name]}).select(wanted.names())
-
-
-def collect(rows: pl.LazyFrame, table: TableRef) -> pl.DataFrame:
-    """What was asked of a table's rows.
-
-    Raises:
-        ConfigError: they cannot be read.
-        TransientError: the store did not answer.
-    """
-    with _delta_errors(f"read {table.uri}"):
-        return rows.collect()
-
-
-def check(table: TableRef) -> None:
-    """Make sure that runs can be published to a table; also where there is none yet.
-
-    Raises:
-        ConfigError: its columns are not those of the contract, and cannot become so.
-    """
-    delta = table.load()
-    if delta is not None:
-        _checked(table, delta)
+    return Committed(
+        version=after.version(), num_rows=delta_tables.num_rows(after), num_files_written=len(adds), reused=False
+    )
 
 
 def file_uris(table: TableRef, version: int) -> list[str]:
@@ -189,79 +123,11 @@ def file_uris(table: TableRef, version: int) -> list[str]:
     return [file.uri for file in sorted(files, key=lambda file: (file.first or "", file.path))]
 
 
-def expired_files(table: TableRef) -> list[str]:
-    """Files that no version refers to which can still be gone back to, by the table's own limit of 30 days.
-
-    Nothing is removed, and nothing committed.
-    """
-    delta = table.load()
-    if delta is None:
-        return []
-    with _delta_errors(f"look through {table.uri}"):
-        return [storage.join(table.uri, path) for path in delta.vacuum(dry_run=True, full=True)]
-
-
-def shown_run(delta: DeltaTable) -> str | None:
-    """The run that the table shows: the last one that changed it."""
-    runs = (entry[RUN_ID] for entry in _history(delta, MOST_HISTORY) if RUN_ID in entry)
-    found = next(runs, None)
-    return None if found is None else str(found)
-
-
-def versions_by_run(table: TableRef) -> dict[str, int]:
-    """The runs that a table has shown, the present one first, each with the last version that shows it."""
-    delta = table.load()
-    versions: dict[str, int] = {}
-    for entry in [] if delta is None else _history(delta):
-        if RUN_ID in entry:
-            versions.setdefault(str(entry[RUN_ID]), int(entry["version"]))
-    return versions
-
-
-def restore(table: TableRef, version: int, *, run_id: str, now: DeltaTable | None = None) -> int:
-    """Show an earlier version again, by a new commit; returns that commit's version.
-
-    Args:
-        table: what to change.
-        version: what to show.
-        run_id: the run that this version shows.
-        now: the table as it was found; where it has changed since, nothing is restored. None finds it.
-
-    Raises:
-        ConflictError: a run changed the table at the same moment; nothing was restored.
-        ConfigError: files of that version were removed since.
-    """
-    delta = now or table.load()
-    if delta is None:
-        raise ConfigError(f"{table.uri}: no table is there")
-    properties = CommitProperties(custom_metadata={RUN_ID: run_id}, max_commit_retries=0)
-    try:
-        with _delta_errors(f"restore version {version} of {table.uri}"):
-            delta.restore(version, commit_properties=properties)
-    except CommitFailedError as error:
-        raise ConflictError(f"{table.uri}: a run changed the table at this moment; nothing was restored") from error
-    after = table.load()
-    return version if after is None else after.version()
-
-
-def _checked(table: TableRef, delta: DeltaTable, *, may_have_more: bool = False) -> pa.Schema:
-    """The schema of a table whose rows can be rows of its contract."""
-    stored = pa.schema(delta.schema().to_arrow())
-    found = data_contracts.misfits(stored, table.name)
-    found = [each for each in found if not (may_have_more and each.rule == "extra" and each.path in stored.names)]
-    if found:
-        raise ConfigError(
-            f"{data_contracts.message(found, table.name, table.uri)}; "
-            "use the version of belt that wrote this table, or choose another output"
-        )
-    return stored
-
-
 def _is_committed(delta: DeltaTable, run_id: str, base_version: int | None) -> bool:
     """Whether a run has changed the table since a version, or is what it shows."""
-    with _delta_errors(f"read {delta.table_uri}"):
+    with delta_tables.delta_errors(f"read {delta.table_uri}"):
         made = delta.transaction_version(_app_id(run_id))
-    return made is not None and (made > _number(base_version) or shown_run(delta) == run_id)
+    return made is not None and (made > _number(base_version) or delta_tables.shown_run(delta) == run_id)
 
 
 def _number(version: int | None) -> int:
@@ -308,7 +174,7 @@ class _Group:
 
 
 def _files(delta: DeltaTable, table: TableRef) -> list[_TableFile]:
-    frame = pl.DataFrame(_add_actions(delta))
+    frame = pl.DataFrame(delta_tables.add_actions(delta))
     bounds = [f"min.{table.key}", f"max.{table.key}"]
     frame = frame.with_columns(pl.lit(None, pl.String).alias(name) for name in bounds if name not in frame.columns)
     return [
@@ -430,12 +296,12 @@ def _commit(
     """Add and remove files; without a list, all files go and the table gets the schema."""
     base = None if delta is None else delta.version()
     properties = CommitProperties(
-        custom_metadata={RUN_ID: run_id},
+        custom_metadata={delta_tables.RUN_ID: run_id},
         max_commit_retries=0,
         app_transactions=[Transaction(_app_id(run_id), _number(base) + 1)],
     )
     try:
-        with _delta_errors(f"write {table.uri}"):
+        with delta_tables.delta_errors(f"write {table.uri}"):
             if delta is None:
                 create_table_with_add_actions(
                     table.uri,
@@ -467,35 +333,6 @@ def _conflict(table: TableRef, base: int | None, now: int | None) -> str:
         f"{table.uri}: another run changed the table meanwhile: it was {was} when this run was planned and {has} now; "
         "nothing of this run was published; run again"
     )
-
-
-@contextmanager
-def _delta_errors(action: str) -> Iterator[None]:
-    """Say what failed; the store's own words, without its address book."""
-    try:
-        yield
-    except (CommitFailedError, TableNotFoundError):
-        raise
-    except (DeltaError, OSError, ValueError, pl.exceptions.ComputeError) as error:
-        if "already exists at that location" in str(error):  # two runs made the table
-            raise CommitFailedError(str(error)) from None
-        raise object_stores.error_of(error, action) from None
-
-
-def _num_rows(delta: DeltaTable) -> int:
-    return int(sum(_add_actions(delta)["num_records"].to_pylist()))
-
-
-def _add_actions(delta: DeltaTable) -> pa.Table:
-    """The files of a version."""
-    with _delta_errors(f"read {delta.table_uri}"):
-        return pa.table(delta.get_add_actions(flatten=True))
-
-
-def _history(delta: DeltaTable, most: int | None = None) -> list[dict[str, Any]]:
-    """The last commits, the last one first."""
-    with _delta_errors(f"read {delta.table_uri}"):
-        return delta.history(most)
 
 
 def _app_id(run_id: str) -> str:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Literal
 
-from belt_tasks import export, lake, publishing, score_planning, storage
+from belt_tasks import delta_tables, export, publishing, score_planning, storage
 from belt_tasks.errors import ConfigError, RejectedError
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.receipts import Counts
@@ -99,7 +99,7 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
     """
     output_uri = storage.absolute(output_uri)
     predictions = table_at(output_uri, "predictions")
-    shown = lake.versions_by_run(predictions)
+    shown = delta_tables.versions_by_run(predictions)
     if not shown:
         raise ConfigError(f"{output_uri}: nothing was published there")
     now, *before = shown
@@ -111,13 +111,13 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
         raise ConfigError(f"{output_uri}: run {now} is what is shown")
     if wanted not in shown:
         raise ConfigError(f"{output_uri}: run must be one that was shown: {', '.join(names)}; got {wanted!r}")
-    version = lake.restore(predictions, shown[wanted], run_id=wanted)
+    version = delta_tables.restore(predictions, shown[wanted], run_id=wanted)
     for name in ("evidence", "rejected"):
         follower = table_at(output_uri, name)
         found = follower.load()  # before predictions are looked at: once they show another run, its tables stay its own
-        versions = lake.versions_by_run(follower)
+        versions = delta_tables.versions_by_run(follower)
         if wanted in versions and _shown_run(output_uri) == wanted:
-            lake.restore(follower, versions[wanted], run_id=wanted, now=found)
+            delta_tables.restore(follower, versions[wanted], run_id=wanted, now=found)
     if export.read_export(output_uri) is not None:
         export.export_predictions(output_uri)
     return RolledBack(run_id=wanted, from_run_id=now, version=version)
@@ -129,7 +129,7 @@ def _shown_run(output_uri: str) -> str | None:
         if published["flow"] != "score":
             return str(published["run_id"])
     delta = table_at(output_uri, "predictions").load()
-    return None if delta is None else lake.shown_run(delta)
+    return None if delta is None else delta_tables.shown_run(delta)
 
 
 def _run(output_uri: str, run_id: str) -> RunRef:

@@ -17,9 +17,10 @@ import polars as pl
 import pyarrow as pa
 
 import data_contracts
-from belt_tasks import lake, publishing, storage
+from belt_tasks import delta_tables, lake, publishing, storage
+from belt_tasks.delta_tables import TableRef
 from belt_tasks.errors import ConfigError, ConflictError
-from belt_tasks.lake import Change, Committed, TableRef
+from belt_tasks.lake import Change, Committed
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import Spec
 
@@ -71,10 +72,10 @@ def read_table(output_uri: str, name: str, *, columns: list[str] | None = None) 
         ConfigError: nothing was published there, or the table's columns are not those of its contract.
     """
     table = table_at(storage.absolute(output_uri), name)
-    rows = lake.scan(table)
+    rows = delta_tables.scan(table)
     if rows is None:
         raise ConfigError(f"{output_uri}: nothing is published there (no table {name})")
-    return lake.collect((rows if columns is None else rows.select(columns)).sort(*SORTED_BY[name]), table)
+    return delta_tables.collect((rows if columns is None else rows.select(columns)).sort(*SORTED_BY[name]), table)
 
 
 def shown(output_uri: str) -> Shown | None:
@@ -87,11 +88,11 @@ def shown(output_uri: str) -> Shown | None:
     delta = table.load()
     if delta is None:
         return None
-    run_id = lake.shown_run(delta)
+    run_id = delta_tables.shown_run(delta)
     if run_id is None:
         raise ConfigError(f"{table.uri}: is not a table that belt wrote; choose another output")
     for name in SORTED_BY:
-        lake.check(table_at(output_uri, name))
+        delta_tables.check(table_at(output_uri, name))
     run = RunRef(output_uri=output_uri, run_id=run_id)
     return Shown(run=run, manifest=publishing.read_run_manifest(run), version=delta.version())
 
@@ -155,10 +156,10 @@ def marked(now: Shown | None) -> pl.Series:
 def _ids(now: Shown | None, name: str, chosen: pl.Expr) -> pl.Series:
     """Ids of some rows of a table; none where there is no such table."""
     table = None if now is None else table_at(now.run.output_uri, name)
-    rows = None if table is None else lake.scan(table)
+    rows = None if table is None else delta_tables.scan(table)
     if table is None or rows is None:
         return pl.Series([], dtype=pl.String)
-    return lake.collect(rows.filter(chosen).select("doc_id"), table)["doc_id"]
+    return delta_tables.collect(rows.filter(chosen).select("doc_id"), table)["doc_id"]
 
 
 def _change(
@@ -186,7 +187,7 @@ def _follow(run: RunRef, table: TableRef, change: Change) -> Committed | None:
     for attempt in range(MOST_ATTEMPTS):
         delta = table.load()  # before predictions: once they show this run, the next one's commit comes after
         predictions = table_at(run.output_uri, "predictions").load()
-        if predictions is None or lake.shown_run(predictions) != run.run_id:
+        if predictions is None or delta_tables.shown_run(predictions) != run.run_id:
             return None
         try:
             return lake.commit(

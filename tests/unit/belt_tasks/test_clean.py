@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import lake, score_planning, score_tables, storage
+from belt_tasks import delta_tables, score_planning, score_tables, storage
 from belt_tasks.clean import clean_up
 from belt_tasks.errors import ConfigError
 from belt_tasks.run_list import list_runs, roll_back
@@ -99,7 +99,7 @@ def test_files_of_a_commit_that_failed_go_when_they_are_old(corpus, tiny_checkpo
     score_corpus(str(corpus), tiny_checkpoint, output, spec=spec())
     orphan = storage.join(output, "tables", "predictions", "of-a-commit-that-never-was.parquet")
     storage.write_parquet(orphan, pa.table({"doc_id": ["x"]}))
-    monkeypatch.setattr(lake, "expired_files", lambda table: [orphan] if table.name == "predictions" else [])
+    monkeypatch.setattr(delta_tables, "expired_files", lambda table: [orphan] if table.name == "predictions" else [])
 
     assert clean_up(output, older_than=timedelta(days=1)).num_files == 0
     assert clean_up(output, older_than=NOW).num_files == 1

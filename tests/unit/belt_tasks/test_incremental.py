@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 
-from belt_tasks import changes, lake, score_tables
+from belt_tasks import changes, delta_tables, score_tables
 from belt_tasks.checkpoint import load_checkpoint
 from belt_tasks.run_list import roll_back
 from belt_tasks.score_corpus import score_corpus
@@ -115,6 +115,9 @@ def test_a_table_is_that_of_a_full_scoring_whatever_happened(tmp_path_factory, t
             check(output, files, now - present, night["size"], logits)
             again = score_corpus(str(corpus), tiny_checkpoint, output, spec=asked.model_copy(update={"full": False}))
             assert again == manifest
-            if night["rollback"] and len(lake.versions_by_run(score_tables.table_at(output, "predictions"))) > 1:
+            if (
+                night["rollback"]
+                and len(delta_tables.versions_by_run(score_tables.table_at(output, "predictions"))) > 1
+            ):
                 run_id = roll_back(output).run_id
                 now = shown.get(run_id) or set(score_tables.read_table(output, "predictions")["doc_id"])

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 import data_contracts
-from belt_tasks import lake, sorted_files, storage
+from belt_tasks import delta_tables, lake, sorted_files, storage
+from belt_tasks.delta_tables import TableRef
 from belt_tasks.errors import ConfigError, ConflictError, TransientError
-from belt_tasks.lake import Change, TableRef
+from belt_tasks.lake import Change
 from tests.conftest import other_contract
 
 SCHEMA = data_contracts.arrow_schema("rejected")
@@ -301,7 +302,7 @@ def test_a_run_may_come_back_after_another(tmp_path):
         assert lake.commit(table, change, run_id=name, base_version=base).reused  # the plan again
         assert lake.commit(table, change, run_id=name, base_version=version).reused  # planned again, and shown
         assert read(table) == expected({key: (number, name) for key, number in contents[name].items()})
-        assert lake.shown_run(table.load()) == name
+        assert delta_tables.shown_run(table.load()) == name
 
 
 def test_an_error_before_the_commit_leaves_the_table_and_the_next_attempt_does_it(tmp_path, monkeypatch):
@@ -456,7 +457,7 @@ def test_a_run_that_replaces_all_rows_changes_the_columns_as_well(tmp_path):
     committed = lake.commit(table, change, run_id="two", base_version=0)
 
     assert committed.num_rows == 1
-    assert lake.scan(table).select("source_uri", "doc_id").collect().rows() == [("new", "known")]
+    assert delta_tables.scan(table).select("source_uri", "doc_id").collect().rows() == [("new", "known")]
 
 
 @pytest.mark.usefixtures("small_files")
@@ -501,15 +502,15 @@ def test_a_version_without_the_column_is_restored_read_and_changed_again(root):
     table = made_under(without("doc_id"), root, {"a": 1})
     lake.commit(table, Change(new_uris=with_ids(root, {"b": 1}, "two")), run_id="two", base_version=0)
 
-    assert lake.restore(table, 0, run_id="one") == 2
-    assert lake.versions_by_run(table) == {"one": 2, "two": 1}
-    assert lake.scan(table).select("source_uri", "doc_id").collect().rows() == [("a", None)]
+    assert delta_tables.restore(table, 0, run_id="one") == 2
+    assert delta_tables.versions_by_run(table) == {"one": 2, "two": 1}
+    assert delta_tables.scan(table).select("source_uri", "doc_id").collect().rows() == [("a", None)]
 
     lake.commit(table, Change(new_uris=with_ids(root, {"c": 1}, "three")), run_id="three", base_version=2)
-    found = lake.scan(table).select("source_uri", "doc_id").sort("source_uri").collect()
+    found = delta_tables.scan(table).select("source_uri", "doc_id").sort("source_uri").collect()
     assert found.rows() == [("a", None), ("c", "known")]
-    assert lake.restore(table, 1, run_id="two") == 4
-    assert lake.scan(table).select("source_uri").sort("source_uri").collect().rows() == [("a",), ("b",)]
+    assert delta_tables.restore(table, 1, run_id="two") == 4
+    assert delta_tables.scan(table).select("source_uri").sort("source_uri").collect().rows() == [("a",), ("b",)]
 
 
 def test_fields_within_a_column_are_gained_too(tmp_path):
@@ -528,7 +529,7 @@ def test_fields_within_a_column_are_gained_too(tmp_path):
     lake.commit(table, Change(new_uris=(f"{tmp_path}/1.parquet",)), run_id="one", base_version=None)
 
     with other_contract("predictions", paged):
-        of_scan = lake.scan(table).collect()
+        of_scan = delta_tables.scan(table).collect()
         lake.commit(table, Change(), run_id="two", base_version=0)
         stored = pl.read_delta(table.uri)
 
@@ -586,7 +587,7 @@ def test_a_table_whose_rows_cannot_satisfy_the_contract_is_left_alone(tmp_path, 
     with pytest.raises(ConfigError, match=words):
         lake.commit(table, Change(new_uris=uris, replaces_all=replaces_all), run_id="two", base_version=0)
     with pytest.raises(ConfigError, match=words):
-        lake.check(table)
+        delta_tables.check(table)
 
     assert sorted(Path(table.uri).rglob("*")) == before
     assert table.load().version() == 0
@@ -600,6 +601,6 @@ def test_readers_are_told_of_other_types_and_do_not_mind_columns_of_a_later_cont
     )
     broken = made_under(retyped("row_index", "int32", "integer"), str(tmp_path / "other"), {"a": 1})
 
-    assert lake.scan(kept).collect().columns == SCHEMA.names
+    assert delta_tables.scan(kept).collect().columns == SCHEMA.names
     with pytest.raises(ConfigError, match="row_index is int32, not int64"):
-        lake.scan(broken)
+        delta_tables.scan(broken)

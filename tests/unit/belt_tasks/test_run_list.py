@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import lake, score_planning, score_tables, scoring, shard_scoring, storage, summaries
+from belt_tasks import delta_tables, score_planning, score_tables, scoring, shard_scoring, storage, summaries
 from belt_tasks.errors import ConfigError, RejectedError
 from belt_tasks.run_list import earlier_steps, list_runs, roll_back
 from belt_tasks.score_corpus import score_corpus
@@ -144,7 +144,7 @@ def test_a_run_that_is_shown_during_a_rollback_keeps_its_tables(corpus, tiny_che
     output = str(tmp_path / "out")
     for size in (30, 20):
         score_corpus(corpus, tiny_checkpoint, output, spec=spec(size))
-    restore, shown = lake.restore, []
+    restore, shown = delta_tables.restore, []
 
     def restore_and_score(table, version, **options):
         made = restore(table, version, **options)
@@ -152,7 +152,7 @@ def test_a_run_that_is_shown_during_a_rollback_keeps_its_tables(corpus, tiny_che
             shown.append(score_corpus(corpus, tiny_checkpoint, output, spec=spec(10)).run["run_id"])
         return made
 
-    monkeypatch.setattr(lake, "restore", restore_and_score)
+    monkeypatch.setattr(delta_tables, "restore", restore_and_score)
     roll_back(output)
 
     for name in ("predictions", "evidence", "rejected"):

@@ -12,7 +12,7 @@ from polars.testing import assert_frame_equal
 
 import data_contracts
 from belt_tasks import corpus as corpora
-from belt_tasks import lake, run_list, score_planning, score_tables, scoring, storage
+from belt_tasks import delta_tables, lake, run_list, score_planning, score_tables, scoring, storage
 from belt_tasks.errors import ConfigError, ConflictError, RejectedError, TransientError
 from belt_tasks.score_corpus import complete, score_corpus, score_shards
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
@@ -244,11 +244,11 @@ def test_what_is_shown_by_now_is_not_overtaken_by_a_slow_run(corpus, tiny_checkp
 
 def test_a_run_that_is_overtaken_between_two_commits_changes_no_table(corpus, tiny_checkpoint, output, monkeypatch):
     """The next run is shown at the last moment: after the slow one saw that predictions are its own."""
-    really, later = lake.shown_run, []
+    really, later = delta_tables.shown_run, []
 
     def overtaken(delta):
         run_id = really(delta)
-        monkeypatch.setattr(lake, "shown_run", really)
+        monkeypatch.setattr(delta_tables, "shown_run", really)
         later.append(score_corpus(corpus, tiny_checkpoint, output, spec=OTHER).run["run_id"])
         return run_id
 
@@ -256,7 +256,7 @@ def test_a_run_that_is_overtaken_between_two_commits_changes_no_table(corpus, ti
     slow_run = score_tables.shown(output).run
     change = lake.Change(new_uris=tuple(slow.uris(output, "rejected")), replaces_all=True)
 
-    monkeypatch.setattr(lake, "shown_run", overtaken)
+    monkeypatch.setattr(delta_tables, "shown_run", overtaken)
     assert score_tables._follow(slow_run, score_tables.table_at(output, "rejected"), change) is None
 
     assert read(output, "rejected")["run_id"].unique().to_list() == later
@@ -391,7 +391,7 @@ def test_tables_of_an_earlier_contract_gain_its_columns_with_the_next_run(corpus
     told = read(output, "runs").select("run_id", "num_removed").sort(pl.col("run_id") == ids[1])
     assert told.rows() == [(ids[0], None), (ids[1], 0)]
     assert read(output, "rejected").columns == before["rejected"].columns
-    versions = lake.versions_by_run(score_tables.table_at(output, "predictions"))
+    versions = delta_tables.versions_by_run(score_tables.table_at(output, "predictions"))
     assert versions == {ids[1]: 1, ids[0]: 0}
     assert [run.state for run in run_list.list_runs(output)] == ["shown", "complete"]
 
