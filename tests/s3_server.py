@@ -17,6 +17,7 @@ from obstore.store import S3Store
 
 STARTUP_S = 60
 BUCKET = "belt"
+PUBLIC_BUCKET = "public"  # made by whoever needs it; everybody may read it
 KEYS = {
     "belt": ("belt-key", "belt-secret", ["Read", "Write", "List", "Tagging"]),
     "reader": ("reader-key", "reader-secret", ["Read", "List"]),
@@ -65,6 +66,7 @@ def s3_server(folder: Path, *, port: int | None = None) -> Iterator[S3Server]:
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
         for name, (key, secret, actions) in KEYS.items()
     ]
+    identities.append({"name": "anonymous", "actions": [f"{action}:{PUBLIC_BUCKET}" for action in ("Read", "List")]})
     config.write_text(json.dumps({"identities": identities}))
     s3, master, volume, filer = _free_ports(4)
     s3 = port or s3

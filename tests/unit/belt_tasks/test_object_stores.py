@@ -13,7 +13,7 @@ from deltalake import write_deltalake
 
 from belt_tasks import object_stores, sorted_files, storage
 from belt_tasks.errors import BeltError, ConfigError, TransientError
-from tests.s3_server import BUCKET, KEYS
+from tests.s3_server import BUCKET, KEYS, PUBLIC_BUCKET
 
 SECRET = "not-to-be-seen-anywhere"  # noqa: S105
 
@@ -155,6 +155,24 @@ def test_a_place_that_may_be_read_only_cannot_be_written(s3, s3_root, monkeypatc
     assert len(storage.list_files(s3_root, suffix=".parquet")) == 1
     with pytest.raises(ConfigError, match=rf"{s3_root}: cannot be written to .*AccessDenied"):
         storage.check_writable(s3_root)
+
+
+def test_a_public_bucket_is_read_without_a_signature(s3, s3_root, tmp_path, monkeypatch):
+    s3.make_bucket(PUBLIC_BUCKET)
+    public = s3_root.replace(BUCKET, PUBLIC_BUCKET, 1)
+    storage.write_parquet(f"{public}/a.parquet", pa.table({"a": [1]}))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    object_stores.configure({})
+
+    (file,) = storage.list_files(public, suffix=".parquet")
+
+    assert storage.read_parquet(file.uri)["a"].to_pylist() == [1]
+    for uri in (public, s3_root):
+        with pytest.raises(ConfigError, match=r"cannot be written to .*(AccessDenied|access denied)"):
+            storage.check_writable(uri)
 
 
 def test_without_any_credentials_that_is_said(s3_root, monkeypatch, tmp_path):
