@@ -51,6 +51,7 @@ from tests.s3_server import BUCKET, S3Server
 
 ROUNDS = int(os.environ.get("BELT_FAULT_ROUNDS", "4"))
 MANY_ROUNDS = 20
+pytestmark = pytest.mark.timeout(120 + 45 * ROUNDS)
 TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps "
 
 
@@ -161,7 +162,7 @@ def test_kill_9_at_any_moment(nights):
             night.check_what_readers_see(output)
         night.finish(output)
 
-    in_parallel(killed_at_random, range(2 * ROUNDS))
+    in_parallel(killed_at_random, range(4 * ROUNDS))
 
 
 class Meeting:
