@@ -135,12 +135,16 @@ def delta_options(protocol: str) -> dict[str, str]:
     """
     found = {name: value for name, value in options(protocol).items() if name != PROFILE} | {"allow_http": "true"}
     profile = filesystem(protocol).profile
-    if profile is not None:
-        who = profile()
-        found |= {"aws_access_key_id": who["access_key_id"], "aws_secret_access_key": who["secret_access_key"]}
-        more = {"aws_session_token": who.get("token"), "aws_region": profile.config.get("region")}
-        found |= {name: value for name, value in more.items() if value is not None}
-    return found
+    if profile is None:
+        return found
+    who = profile()
+    of_profile = {
+        "aws_access_key_id": who["access_key_id"],
+        "aws_secret_access_key": who["secret_access_key"],
+        "aws_session_token": who.get("token"),
+        "aws_region": profile.config.get("region"),
+    }
+    return {name: value for name, value in of_profile.items() if value is not None} | found
 
 
 @cache
