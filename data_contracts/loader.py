@@ -73,7 +73,8 @@ def arrow_schema(name: str) -> pa.Schema:
     """Build the Arrow schema that a table is written with.
 
     A field is nullable unless the contract requires it, at every depth. The metadata of a field carries its
-    `description`; the metadata of the schema carries `contract_id` and `contract_version`.
+    description as `comment`, which readers of Delta Lake show with the column; that of the schema carries `contract_id`
+    and `contract_version`.
     """
     document = contract(name)
     return pa.schema(
@@ -128,7 +129,7 @@ def _field(column: SchemaProperty) -> pa.Field:
         column.name or "element",  # the items of a list have no name; Parquet calls them so
         _arrow_type(column),
         nullable=not column.required,
-        metadata={"description": column.description},
+        metadata={"comment": column.description},
     )
 
 

@@ -9,9 +9,11 @@ import polars as pl
 import pytest
 from deltalake import DeltaTable
 
+import data_contracts
 from belt_tasks import lake, score_tables
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, ScoreSpec
+from data_contracts import loader
 from tests.conftest import words
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -58,6 +60,15 @@ def test_every_reader_finds_the_same_rows(output, database, name):
     flat = [column for column, kind in expected.schema.items() if not kind.is_nested() and kind != pl.Datetime]
     rows = database.execute(f"SELECT {', '.join(flat)} FROM delta_scan('{uri}') ORDER BY {', '.join(keys)}").fetchall()  # noqa: S608 - a test's
     assert rows == expected.select(flat).rows()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_and_columns_say_what_they_are(output, name):
+    table = DeltaTable(f"{output}/tables/{name}")
+
+    assert table.metadata().description == data_contracts.purpose(name)
+    comments = {field.name: field.metadata["comment"] for field in table.schema().fields}  # as Spark names them
+    assert comments == {column.name: column.description for column in loader.columns(name)}
 
 
 def test_a_lookup_by_doc_id_opens_one_file(output, database):

@@ -366,14 +366,14 @@ def test_arrow_schema_explains_itself(name: str) -> None:
         b"contract_id": f"belt.{name}".encode(),
         b"contract_version": str(contract(name).version).encode(),
     }
-    described = {field.name: field.metadata[b"description"].decode() for field in schema}
+    described = {field.name: field.metadata[b"comment"].decode() for field in schema}
     assert described == {column.name: column.description for column in _columns(name)}
 
 
 def test_fields_within_a_column_explain_themselves() -> None:
     span = arrow_schema("predictions").field("top_chunk").type
 
-    assert span.field("start_char").metadata == {b"description": b"First character of the chunk, counted from 0."}
+    assert span.field("start_char").metadata == {b"comment": b"First character of the chunk, counted from 0."}
 
 
 @each_table
