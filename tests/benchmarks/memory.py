@@ -8,7 +8,6 @@ model's: memory must grow with neither. Random words are tokenized by the demo m
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from belt_tasks import checkpoint, demo, encoder
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, PoolingSpec, ScoreSpec
+from tests.benchmarks.worker import peak_rss_bytes
 
 ROOT = Path(__file__).parents[2]
 NUM_DOCUMENTS = 3_000  # seven million tokens: more than all stages hold at once
@@ -113,8 +113,7 @@ def score(corpus_uri: str, checkpoint_uri: str) -> dict[str, float]:
     """Score a corpus in this process; its peak memory and what it read."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = score_corpus(corpus_uri, checkpoint_uri, folder, CorpusSpec(), ScoreSpec(device="cpu"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_mib": peak / 1024, "num_tokens": manifest.run["num_tokens"]}
+    return {"peak_mib": peak_rss_bytes() / 2**20, "num_tokens": manifest.run["num_tokens"]}
 
 
 if __name__ == "__main__":
