@@ -6,6 +6,7 @@
     │   └── ContractError    rows do not satisfy their data contract
     ├── RejectedError    stop: a person has to look at the corpus
     ├── ConflictError    another run was first: plan again
+    ├── DeadlineError    stop: the time that the run may take is over; the next attempt goes on
     └── TransientError   try again: a time-out, a dropped connection
 
 A message says what, got, allowed and where. `assert` is kept for belt's own bugs.
@@ -34,6 +35,10 @@ class RejectedError(BeltError):
 
 class ConflictError(BeltError):
     """Another run changed what this one was planned on; nothing of this one was published."""
+
+
+class DeadlineError(BeltError):
+    """The time that a run may take is over; what is finished is kept, and nothing of it was published."""
 
 
 class TransientError(BeltError):

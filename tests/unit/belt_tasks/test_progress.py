@@ -1,8 +1,10 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from belt_tasks import progress
+from belt_tasks.errors import DeadlineError
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +71,18 @@ def test_go_on_takes_stop_back():
     progress.go_on()
 
     assert in_thread(lambda: progress.advance("encode", 1)) is None
+
+
+def test_after_its_deadline_a_block_ends_at_the_next_report_in_any_thread():
+    with progress.deadline(3600), progress.deadline(0), ThreadPoolExecutor(1) as thread:
+        elsewhere = thread.submit(progress.advance, "tokenize", 1)
+        with pytest.raises(DeadlineError, match=r"^encode: not done within the 0 s that the run may take"):
+            progress.advance("encode", 1)
+        with pytest.raises(DeadlineError, match=r"^tokenize: "):
+            elsewhere.result()
+    progress.advance("encode", 1)
+
+
+def test_before_its_deadline_and_without_one_a_block_goes_on():
+    with progress.deadline(3600), progress.deadline(None):
+        progress.advance("encode", 1)
