@@ -9,7 +9,7 @@ from belt_tasks import summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import ChunkSpec, CorpusSpec
 from flows import tasks
-from flows.storage_block import use_storage_block
+from flows.attempt import Seconds, attempt
 
 
 @flow(name="chunk", flow_run_name="chunk {corpus_uri}", task_runner=tasks.one_worker)
@@ -20,6 +20,7 @@ def chunk(
     corpus: CorpusSpec = CorpusSpec(),
     chunks: ChunkSpec = ChunkSpec(),
     storage_block: str | None = None,
+    time_limit_s: Seconds | None = None,
 ) -> Manifest:
     """Cut every document of a corpus into chunks of token ids.
 
@@ -30,23 +31,24 @@ def chunk(
         corpus: columns and split.
         chunks: the method's parameters.
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
+        time_limit_s: seconds after which it ends, to be taken up again by the next attempt; None is no limit.
     """
-    use_storage_block(storage_block)
-    started_at = datetime.now(UTC)
-    plan = tasks.plan_chunking(corpus_uri, encoder, output_uri, corpus, chunks)
-    manifest = tasks.republish(plan.run)
-    if manifest is None:
-        receipts = tasks.gather(
-            tasks.chunk_shard.map(
-                list(plan.shards),
-                unmapped(corpus),
-                unmapped(chunks),
-                run=unmapped(plan.run),
-                encoder=unmapped(plan.encoder),
-                duplicates_uri=unmapped(plan.duplicates_uri),
+    with attempt(storage_block, time_limit_s):
+        started_at = datetime.now(UTC)
+        plan = tasks.plan_chunking(corpus_uri, encoder, output_uri, corpus, chunks)
+        manifest = tasks.republish(plan.run)
+        if manifest is None:
+            receipts = tasks.gather(
+                tasks.chunk_shard.map(
+                    list(plan.shards),
+                    unmapped(corpus),
+                    unmapped(chunks),
+                    run=unmapped(plan.run),
+                    encoder=unmapped(plan.encoder),
+                    duplicates_uri=unmapped(plan.duplicates_uri),
+                )
             )
-        )
-        row = {"flow": "chunk", "corpus_uri": corpus_uri, "spec": chunks.model_dump_json()}
-        manifest = tasks.publish(plan.run, receipts, row=row, labels=(), started_at=started_at)
-    create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="chunk-summary")
-    return manifest
+            row = {"flow": "chunk", "corpus_uri": corpus_uri, "spec": chunks.model_dump_json()}
+            manifest = tasks.publish(plan.run, receipts, row=row, labels=(), started_at=started_at)
+        create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="chunk-summary")
+        return manifest

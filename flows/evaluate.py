@@ -10,8 +10,8 @@ from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from flows import tasks
+from flows.attempt import Seconds, attempt
 from flows.score import score
-from flows.storage_block import use_storage_block
 
 
 @flow(name="evaluate", flow_run_name="evaluate {corpus_uri}")
@@ -22,15 +22,16 @@ def evaluate(
     corpus: CorpusSpec = CorpusSpec(),
     spec: ScoreSpec = ScoreSpec(),
     storage_block: str | None = None,
+    time_limit_s: Seconds | None = None,
 ) -> tuple[Manifest, EvaluationReceipt]:
     """Measure how good a checkpoint is on a labelled corpus; parameters are those of `score`."""
-    use_storage_block(storage_block)
-    asked_at = datetime.now(UTC)
-    plan = tasks.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
-    manifest = score(corpus_uri, checkpoint_uri, output_uri, corpus, spec, storage_block)
-    receipt = tasks.evaluate_run(plan, corpus, manifest)
-    create_markdown_artifact(
-        summaries.run_summary(manifest, asked_at=asked_at) + "\n" + summaries.evaluation_summary(receipt),
-        key="evaluate-summary",
-    )
-    return manifest, receipt
+    with attempt(storage_block, time_limit_s):
+        asked_at = datetime.now(UTC)
+        plan = tasks.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
+        manifest = score(corpus_uri, checkpoint_uri, output_uri, corpus, spec, storage_block)
+        receipt = tasks.evaluate_run(plan, corpus, manifest)
+        create_markdown_artifact(
+            summaries.run_summary(manifest, asked_at=asked_at) + "\n" + summaries.evaluation_summary(receipt),
+            key="evaluate-summary",
+        )
+        return manifest, receipt

@@ -10,7 +10,7 @@ from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, TrainSpec
 from flows import tasks
-from flows.storage_block import use_storage_block
+from flows.attempt import Seconds, attempt
 
 
 @flow(name="fine-tune", flow_run_name="fine-tune {corpus_uri}", task_runner=tasks.one_worker)
@@ -21,6 +21,7 @@ def fine_tune(
     corpus: CorpusSpec = CorpusSpec(),
     spec: TrainSpec = TrainSpec(),
     storage_block: str | None = None,
+    time_limit_s: Seconds | None = None,
 ) -> tuple[Manifest, FineTuningReceipt]:
     """Fine-tune on every labelled document; a run that is complete already is not done again.
 
@@ -31,43 +32,44 @@ def fine_tune(
         corpus: columns and split.
         spec: how to fine-tune.
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
+        time_limit_s: seconds after which it ends, to be taken up again by the next attempt; None is no limit.
     """
-    use_storage_block(storage_block)
-    started_at = datetime.now(UTC)
-    plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
-    manifest = tasks.republish_fine_tuning(plan.run)
-    if manifest is None:
-        receipts = tasks.gather(
-            tasks.prepare_shard.map(
-                list(plan.shards),
-                unmapped(corpus),
-                run=unmapped(plan.run),
-                encoder=unmapped(plan.encoder),
-                label_role=unmapped(plan.label_role),
-                duplicates_uri=unmapped(plan.duplicates_uri),
+    with attempt(storage_block, time_limit_s):
+        started_at = datetime.now(UTC)
+        plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
+        manifest = tasks.republish_fine_tuning(plan.run)
+        if manifest is None:
+            receipts = tasks.gather(
+                tasks.prepare_shard.map(
+                    list(plan.shards),
+                    unmapped(corpus),
+                    run=unmapped(plan.run),
+                    encoder=unmapped(plan.encoder),
+                    label_role=unmapped(plan.label_role),
+                    duplicates_uri=unmapped(plan.duplicates_uri),
+                )
             )
+            trained = tasks.fine_tune_prepared(plan, receipts, corpus, spec)
+            manifest = tasks.publish(
+                plan.run,
+                receipts,
+                row={
+                    "flow": "fine-tune",
+                    "corpus_uri": corpus_uri,
+                    "checkpoint_uri": trained.checkpoint_uri,
+                    "checkpoint_digest": trained.checkpoint_digest,
+                    "device": plan.device,
+                    "precision": spec.precision,
+                    "spec": spec.model_dump_json(),
+                    **trained.counts(),
+                },
+                labels=trained.labels,
+                started_at=started_at,
+            )
+        else:
+            trained = tasks.read_fine_tuning_receipt(plan.run)
+        create_markdown_artifact(
+            summaries.run_summary(manifest, asked_at=started_at) + "\n" + summaries.fine_tuning_summary(trained),
+            key="fine-tune-summary",
         )
-        trained = tasks.fine_tune_prepared(plan, receipts, corpus, spec)
-        manifest = tasks.publish(
-            plan.run,
-            receipts,
-            row={
-                "flow": "fine-tune",
-                "corpus_uri": corpus_uri,
-                "checkpoint_uri": trained.checkpoint_uri,
-                "checkpoint_digest": trained.checkpoint_digest,
-                "device": plan.device,
-                "precision": spec.precision,
-                "spec": spec.model_dump_json(),
-                **trained.counts(),
-            },
-            labels=trained.labels,
-            started_at=started_at,
-        )
-    else:
-        trained = tasks.read_fine_tuning_receipt(plan.run)
-    create_markdown_artifact(
-        summaries.run_summary(manifest, asked_at=started_at) + "\n" + summaries.fine_tuning_summary(trained),
-        key="fine-tune-summary",
-    )
-    return manifest, trained
+        return manifest, trained

@@ -7,7 +7,7 @@ from belt_tasks import summaries
 from belt_tasks.preview import ScorePreview
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from flows import tasks
-from flows.storage_block import use_storage_block
+from flows.attempt import Seconds, attempt
 
 
 @flow(name="preview", flow_run_name="preview {corpus_uri}")
@@ -18,9 +18,10 @@ def preview(
     corpus: CorpusSpec = CorpusSpec(),
     spec: ScoreSpec = ScoreSpec(),
     storage_block: str | None = None,
+    time_limit_s: Seconds | None = None,
 ) -> ScorePreview:
     """What `score` would find new, changed, gone or broken; parameters are those of `score`, nothing is written."""
-    use_storage_block(storage_block)
-    found = tasks.preview_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
-    create_markdown_artifact(summaries.preview_summary(found), key="preview-summary")
-    return found
+    with attempt(storage_block, time_limit_s):
+        found = tasks.preview_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+        create_markdown_artifact(summaries.preview_summary(found), key="preview-summary")
+        return found

@@ -9,7 +9,7 @@ from belt_tasks import run_list, summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from flows import tasks
-from flows.storage_block import use_storage_block
+from flows.attempt import Seconds, attempt
 
 
 @flow(name="score", flow_run_name="score {corpus_uri}", task_runner=tasks.one_worker)
@@ -20,6 +20,7 @@ def score(
     corpus: CorpusSpec = CorpusSpec(),
     spec: ScoreSpec = ScoreSpec(),
     storage_block: str | None = None,
+    time_limit_s: Seconds | None = None,
 ) -> Manifest:
     """Score what is new or changed in a corpus and publish it; killed and started again, it goes on where it was.
 
@@ -30,32 +31,33 @@ def score(
         corpus: columns and split.
         spec: how to score; what it leaves out is the checkpoint's own.
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
+        time_limit_s: seconds after which it ends, to be taken up again by the next attempt; None is no limit.
     """
-    use_storage_block(storage_block)
-    asked_at = datetime.now(UTC)
-    while True:
-        started_at = datetime.now(UTC)
-        plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
-        manifest = plan.manifest
-        if manifest is None:
-            receipts = tasks.gather(
-                tasks.score_shard.map(
-                    list(plan.shards),
-                    unmapped(corpus),
-                    unmapped(plan.spec),
-                    run=unmapped(plan.run),
-                    checkpoint_uri=unmapped(plan.checkpoint_uri),
-                    checkpoint_digest=unmapped(plan.checkpoint_digest),
-                    scoring_fingerprint=unmapped(plan.scoring_fingerprint),
-                    rows_uri=[plan.run.rows_uri(shard.key) for shard in plan.shards],
+    with attempt(storage_block, time_limit_s):
+        asked_at = datetime.now(UTC)
+        while True:
+            started_at = datetime.now(UTC)
+            plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+            manifest = plan.manifest
+            if manifest is None:
+                receipts = tasks.gather(
+                    tasks.score_shard.map(
+                        list(plan.shards),
+                        unmapped(corpus),
+                        unmapped(plan.spec),
+                        run=unmapped(plan.run),
+                        checkpoint_uri=unmapped(plan.checkpoint_uri),
+                        checkpoint_digest=unmapped(plan.checkpoint_digest),
+                        scoring_fingerprint=unmapped(plan.scoring_fingerprint),
+                        rows_uri=[plan.run.rows_uri(shard.key) for shard in plan.shards],
+                    )
                 )
-            )
-            manifest = tasks.complete_scoring(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)
-        tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
-        if plan.is_last:
-            break
-    if spec.export:
-        tasks.export_predictions(plan.run.output_uri)
-    told = summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=run_list.earlier_steps(manifest))
-    create_markdown_artifact(told, key="score-summary")
-    return manifest
+                manifest = tasks.complete_scoring(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)
+            tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
+            if plan.is_last:
+                break
+        if spec.export:
+            tasks.export_predictions(plan.run.output_uri)
+        told = summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=run_list.earlier_steps(manifest))
+        create_markdown_artifact(told, key="score-summary")
+        return manifest

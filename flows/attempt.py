@@ -1,0 +1,42 @@
+"""What every flow run has in common: where the stores are, how long it may take, and how often it may start again.
+
+A run whose process was killed is scheduled again by an automation (see deployments/automations.yaml) and goes on where
+it was. One that brings its process down every time is not worth another attempt, so attempts are counted here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from belt_tasks import progress
+from belt_tasks.errors import ConfigError
+from flows.storage_block import use_storage_block
+
+MOST_ATTEMPTS = 5
+Seconds = Annotated[float, Field(gt=0)]
+
+
+@contextmanager
+def attempt(storage_block: str | None = None, time_limit_s: float | None = None) -> Iterator[None]:
+    """Configure the object stores, and see that the block ends in time.
+
+    Args:
+        storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
+        time_limit_s: seconds that the block may take.
+
+    Raises:
+        ConfigError: this run has been started too often, or there is no such block.
+        DeadlineError: the time is over; raised by a stage's next report.
+    """
+    number = flow_run.get_run_count()
+    if number > MOST_ATTEMPTS:
+        raise ConfigError(
+            f"this run was started {number - 1} times and did not end in order; find out why (memory is the usual "
+            "reason: look at the worker's log) and start a new one, which goes on from the finished shards"
+        )
+    use_storage_block(storage_block)
+    with progress.deadline(time_limit_s):
+        yield
