@@ -330,7 +330,8 @@ def check_writable(uri: str) -> None:
     try:
         write_bytes(probe, b"")
     except ConfigError as error:
-        raise ConfigError(f"{uri}: cannot be written to ({error.__cause__ or error})") from error
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
+        raise ConfigError(f"{uri}: cannot be written to ({reason})") from error
     with errors_of(f"write to {uri}"):
         filesystem, path = _resolve(probe)
         filesystem.rm_file(path)

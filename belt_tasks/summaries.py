@@ -6,9 +6,11 @@ from datetime import datetime
 from typing import Any
 
 from belt_tasks import storage
+from belt_tasks.clean import Cleaned
 from belt_tasks.demo import ReadBack
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
+from belt_tasks.maintenance import TableCheck
 from belt_tasks.preview import ScorePreview
 from belt_tasks.publishing import Manifest
 from belt_tasks.run_list import RunSummary
@@ -181,6 +183,21 @@ def runs_summary(runs: Sequence[RunSummary]) -> str:
     ]
     reasons = [f"- {run.run_id}: {run.reason}" for run in runs if run.reason is not None]
     return "\n".join([*_table(header, rows), *(["", *reasons] if reasons else [])]) + "\n"
+
+
+def clean_summary(done: Cleaned, *, dry_run: bool = False) -> str:
+    """What was removed, or would be, part by part."""
+    verb = "Would remove" if dry_run else "Removed"
+    runs_left = f"{done.num_unfinished_runs:,} runs that were never shown"
+    told = f"{verb} {done.num_files:,} files ({done.num_bytes / 1e6:,.1f} MB), among them {runs_left}."
+    parts = [f"- {part.what}: {part.num_files:,} files, {part.num_bytes / 1e6:,.1f} MB" for part in done.parts]
+    return "\n".join([told, *(["", *parts] if parts else [])]) + "\n"
+
+
+def checks_summary(checks: Sequence[TableCheck]) -> str:
+    """How much of which table satisfies its contract."""
+    rows = [[check.table, _count(check.num_files), _count(check.num_rows)] for check in checks]
+    return "\n".join(["Every row satisfies its contract:", "", *_table(["table", "files", "rows"], rows)]) + "\n"
 
 
 def demo_summary(

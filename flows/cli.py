@@ -354,13 +354,19 @@ def clean(
     """Remove what runs left behind and no table refers to: unfinished runs, and files that the tables have taken in."""
     with _user_errors():
         from belt_tasks import clean as cleaning  # noqa: PLC0415 - imports torch
+        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
         done = cleaning.clean_up(output, older_than=timedelta(days=older_than), dry_run=dry_run)
-        verb = "Would remove" if dry_run else "Removed"
-        runs_left = f"{done.num_unfinished_runs:,} runs that were never shown"
-        told = f"{verb} {done.num_files:,} files ({done.num_bytes / 1e6:,.1f} MB), among them {runs_left}."
-        parts = [f"- {part.what}: {part.num_files:,} files, {part.num_bytes / 1e6:,.1f} MB" for part in done.parts]
-        _print("\n".join([told, "", *parts] if parts else [told]))
+        _print(summaries.clean_summary(done, dry_run=dry_run))
+
+
+@runs_app.command()
+def check(output: Annotated[str, typer.Argument(help="Output of `belt score`; any fsspec URL.")]) -> None:
+    """Read the published tables of OUTPUT, and check every row against its contract."""
+    with _user_errors():
+        from belt_tasks import maintenance, summaries  # noqa: PLC0415 - imports torch
+
+        _print(summaries.checks_summary(maintenance.check_tables(output)))
 
 
 @app.command()

@@ -17,10 +17,12 @@ from prefect.tasks import Task
 
 from belt_tasks import (
     chunks,
+    clean,
     demo,
     evaluation,
     export,
     fine_tuning,
+    maintenance,
     planning,
     preview,
     progress,
@@ -83,6 +85,9 @@ publish = bind(publishing.publish)
 complete_scoring = bind(score_corpus.complete)
 publish_tables = bind(score_tables.publish_tables)
 export_predictions = bind(export.export_predictions)
+
+clean_up = bind(clean.clean_up)
+check_tables = bind(maintenance.check_tables)
 
 write_demo_corpus = bind(demo.write_demo_corpus)
 read_back = bind(demo.read_back)
