@@ -38,7 +38,7 @@ class ConflictError(BeltError):
 
 
 class DeadlineError(BeltError):
-    """The time that a run may take is over; what is finished is kept, and nothing of it was published."""
+    """The time that a run may take is over; what is finished is kept for the next attempt."""
 
 
 class TransientError(BeltError):

@@ -5,7 +5,7 @@ kept it.
 """
 
 import data_contracts
-from belt_tasks import delta_tables, lake, storage
+from belt_tasks import delta_tables, lake, progress, storage
 from belt_tasks.errors import ConfigError, ContractError
 from belt_tasks.score_tables import SORTED_BY, table_at
 from belt_tasks.sorted_files import SortedFile
@@ -29,6 +29,7 @@ def check_tables(output_uri: str) -> tuple[TableCheck, ...]:
     Raises:
         ConfigError: nothing was published there, or a file of a table is gone.
         ContractError: all that is wrong, file by file.
+        DeadlineError: it takes longer than it may.
     """
     output_uri = storage.absolute(output_uri)
     problems: list[str] = []
@@ -41,6 +42,7 @@ def check_tables(output_uri: str) -> tuple[TableCheck, ...]:
         delta_tables.checked(table, delta, may_have_more=True)
         last, num_rows = None, 0
         uris = lake.file_uris(table, delta.version())
+        progress.advance("check", 0, num_more=len(uris))
         for uri in uris:
             rows = SortedFile.read(uri, table.key).rows(None, None, data_contracts.arrow_schema(name))
             found = data_contracts.violations(rows, name)
@@ -51,6 +53,7 @@ def check_tables(output_uri: str) -> tuple[TableCheck, ...]:
                 problems.append(f"{name}, {uri}: begins with {table.key} {keys[0].as_py()!r}, but {last!r} came before")
             last = keys[-1].as_py() if len(keys) else last
             num_rows += len(rows)
+            progress.advance("check", 1)
         checks.append(TableCheck(table=name, num_files=len(uris), num_rows=num_rows))
     if not checks:
         raise ConfigError(f"{output_uri}: nothing was published there by `belt score`")

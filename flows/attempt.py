@@ -1,7 +1,7 @@
 """What every flow run has in common: where the stores are, how long it may take, and how often it may start again.
 
-A run whose process was killed is scheduled again by an automation (see deployments/automations.yaml) and goes on where
-it was. One that brings its process down every time is not worth another attempt, so attempts are counted here.
+A run whose process was killed may be scheduled again, by a person or an automation, and goes on where it was. One that
+brings its process down every time is not worth another attempt, so attempts are counted here.
 """
 
 from collections.abc import Iterator

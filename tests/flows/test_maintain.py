@@ -6,7 +6,7 @@ import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from belt_tasks import lake, score_tables
-from belt_tasks.errors import ConfigError
+from belt_tasks.errors import ConfigError, DeadlineError
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from flows.maintain import maintain
 from flows.score import score
@@ -39,3 +39,11 @@ def test_a_table_that_lost_a_file_fails_the_run(labelled_corpus, tiny_checkpoint
 
     with pytest.raises(ConfigError, match=r"cannot read .*/tables/predictions/.*: no such file"):
         maintain(output)
+
+
+def test_it_takes_no_longer_than_it_may(labelled_corpus, tiny_checkpoint, tmp_path):
+    output = str(tmp_path / "out")
+    score(labelled_corpus, tiny_checkpoint, output, CorpusSpec(), ScoreSpec(device="cpu"))
+
+    with pytest.raises(DeadlineError, match=r"^check: not done within the 1e-06 s that the run may take"):
+        maintain(output, time_limit_s=1e-6)
