@@ -344,6 +344,13 @@ def test_an_output_below_a_file_cannot_be_written(root):
         storage.write_parquet(storage.join(below, "t.parquet"), TABLE)
 
 
+def test_an_output_that_is_a_file_is_told_without_numbers_of_the_system(tmp_path):
+    (tmp_path / "out").write_bytes(b"")
+
+    with pytest.raises(ConfigError, match=r"out: cannot be written to \(File exists\)$"):
+        storage.check_writable(str(tmp_path / "out"))
+
+
 def test_missing_objects_are_named(root):
     uri = storage.join(root, "gone.bin")
 
