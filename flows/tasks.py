@@ -32,6 +32,7 @@ from belt_tasks import (
     score_tables,
     shard_scoring,
     training_set,
+    watch,
 )
 from belt_tasks.errors import ShardError, TransientError
 
@@ -88,6 +89,9 @@ export_predictions = bind(export.export_predictions)
 
 clean_up = bind(clean.clean_up)
 check_tables = bind(maintenance.check_tables)
+
+look_at = bind(watch.look_at)
+remember = bind(watch.remember)
 
 write_demo_corpus = bind(demo.write_demo_corpus)
 read_back = bind(demo.read_back)

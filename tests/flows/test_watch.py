@@ -1,0 +1,49 @@
+"""The flow that watches a corpus: one event for each version, which whoever retrains waits for."""
+
+import time
+
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
+
+from flows import watch as watching
+from flows.watch import watch
+from tests.conftest import labelled_rows
+
+PATIENCE_S = 20
+
+
+def events_of(client, corpus: str, *, at_least: int) -> list:
+    """What the server was told of a corpus, once it was told so much, or after a while."""
+    wanted = EventFilter(
+        event=EventNameFilter(name=[watching.LABELS]), resource=EventResourceFilter(id=[f"belt.corpus.{corpus}"])
+    )
+    give_up_at = time.monotonic() + PATIENCE_S
+    while True:
+        found = client.read_events(wanted, limit=50).events
+        if len(found) >= at_least or time.monotonic() > give_up_at:
+            return found
+        time.sleep(0.2)
+
+
+def test_each_version_of_a_corpus_is_told_of_once(write_corpus, tmp_path, client):
+    corpus, seen = write_corpus(labelled_rows(4)), str(tmp_path / "seen")
+    first, again = watch(corpus, seen), watch(corpus, seen)
+    write_corpus(labelled_rows(4, seed=1))
+    second = watch(corpus, seen)
+
+    assert [version.is_new for version in (first, again, second)] == [True, False, True]
+    told = [event.payload["data_version"] for event in events_of(client, corpus, at_least=2)]
+    assert sorted(told) == sorted([first.data_version, second.data_version])
+
+
+def test_whoever_was_cut_off_before_it_was_noted_tells_again(write_corpus, tmp_path, client, monkeypatch):
+    corpus, seen = write_corpus(labelled_rows(4)), str(tmp_path / "seen")
+
+    def cut_off(_version: object) -> None:
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.tasks, "remember", cut_off)
+        assert watch(corpus, seen, return_state=True).is_failed()
+
+    assert watch(corpus, seen).is_new
+    assert len(events_of(client, corpus, at_least=1)) == 1  # the second has the id of the first
