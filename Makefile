@@ -14,7 +14,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test contracts release-contracts bench s3 check format clean
+.PHONY: help demo test contracts release-contracts bench s3 up down stack-status stack-env check format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
@@ -39,6 +39,18 @@ bench: .venv/bench  ## install, then measure belt's scoring beside its peers; AR
 
 s3: .venv/test  ## install, then run an S3 server on this machine, to try belt with s3:// URLs
 	$(BIN)/python -m tests.s3_server
+
+up: .venv/stack  ## install, then start PostgreSQL, S3, Prefect and workers here, and deploy everything
+	$(BIN)/python -m deployments.stack up
+
+down: .venv/stack  ## stop what `make up` started; what it keeps stays
+	$(BIN)/python -m deployments.stack down
+
+stack-status: .venv/stack  ## say how the services of `make up` do
+	$(BIN)/python -m deployments.stack status
+
+stack-env: .venv/stack  ## print what a shell needs to speak with them; contains secrets
+	@$(BIN)/python -m deployments.stack env
 
 check: .venv/test  ## linters, type checker and import rules
 	$(BIN)/ruff check .

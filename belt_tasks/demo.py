@@ -12,6 +12,7 @@ from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import ChunkSpec, ScoreSpec, Spec, TrainSpec
 
+NUM_PARTS = 2
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Chosen so that the demo ends within minutes on two cores: training reads two chunks of a document at most (scoring
@@ -35,7 +36,7 @@ class ReadBack(Spec):
 
 
 def write_demo_corpus(corpus_uri: str, spec: DemoCorpusSpec) -> int:
-    """Write the demo corpus as two Parquet files, three broken rows among them; returns the number of rows."""
+    """Write the demo corpus as NUM_PARTS Parquet files, three broken rows among them; returns the number of rows."""
     table = build_demo_corpus(spec)
     first = table.slice(0, 1).to_pylist()[0]
     broken = [
@@ -52,6 +53,15 @@ def write_demo_corpus(corpus_uri: str, spec: DemoCorpusSpec) -> int:
         if not storage.exists(uri) or not storage.read_parquet(uri).equals(part):  # a new file would be a new run
             storage.write_parquet(uri, part)
     return sum(part.num_rows for part in parts)
+
+
+def copy_splits(corpus_uri: str, *, train_uri: str, test_uri: str) -> None:
+    """Write the demo corpus's two splits as corpora of their own, the broken rows left out."""
+    parts = [storage.read_parquet(storage.join(corpus_uri, f"part-{i}.parquet")) for i in range(NUM_PARTS)]
+    rows = pl.DataFrame(pa.concat_tables(parts)).drop_nulls(["doc_id", "text"]).unique("doc_id", keep="first")
+    for split, uri in (("train", train_uri), ("test", test_uri)):
+        of_split = rows.filter(split=split).drop("split").sort("doc_id")
+        storage.write_parquet(storage.join(uri, "part-0.parquet"), of_split.to_arrow())
 
 
 def demo_encoder() -> Path:

@@ -2,18 +2,19 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
 import typer
 from obstore.store import S3Store
+
+from deployments.services import free_ports, s3_command
 
 STARTUP_S = 60
 BUCKET = "belt"
@@ -68,27 +69,10 @@ def s3_server(folder: Path, *, port: int | None = None) -> Iterator[S3Server]:
     ]
     identities.append({"name": "anonymous", "actions": [f"{action}:{PUBLIC_BUCKET}" for action in ("Read", "List")]})
     config.write_text(json.dumps({"identities": identities}))
-    s3, master, volume, filer = _free_ports(4)
+    s3, *inner = free_ports(4)
     s3 = port or s3
-    arguments = [
-        "-logtostderr=true",
-        "mini",
-        f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        f"-s3.port={s3}",
-        f"-master.port={master}",
-        f"-volume.port={volume}",
-        f"-filer.port={filer}",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-webdav=false",
-        "-admin.ui=false",
-        "-master.telemetry=false",
-        f"-s3.config={config}",
-    ]
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen([Path(sys.executable).parent / "weed", *arguments], stdout=log, stderr=log)
+        process = subprocess.Popen(s3_command(folder, s3, *inner), stdout=log, stderr=log)
     server = S3Server(endpoint=f"http://127.0.0.1:{s3}", process=process)
     try:
         _wait(server, folder / "server.log")
@@ -111,18 +95,6 @@ def _wait(server: S3Server, log: Path) -> None:
                 time.sleep(0.2)
                 continue
         raise RuntimeError(f"no S3 server at {server.endpoint}; its log ends with: {log.read_text()[-1000:]}")
-
-
-def _free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, nor on their neighbours 10,000 above, which it takes for gRPC."""
-    with ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < number:
-            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            port = listening.getsockname()[1]
-            if port < 50_000:
-                ports.append(port)
-        return ports
 
 
 def main() -> None:

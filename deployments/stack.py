@@ -1,0 +1,291 @@
+"""A whole belt on one machine, without containers or system packages: `make up`, `make down`.
+
+    python -m deployments.stack up        start all services, deploy everything, and say where they are
+    python -m deployments.stack down      stop them; what they keep stays
+    python -m deployments.stack status    say how each of them does
+    python -m deployments.stack env       print what a shell needs to speak with them; contains secrets
+
+supervisord keeps the services running: one that ends is started again, and waits for those that it needs.
+"""
+
+import configparser
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import xmlrpc.client
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import obstore
+import typer
+from obstore.store import S3Store
+from supervisor.xmlrpc import SupervisorTransport
+
+from belt_tasks.errors import BeltError, ConfigError
+from deployments.services import BUCKET, HOST, SERVICES, Stack, wait_until
+
+ROOT = Path(__file__).parents[1]
+STOP_S = 60.0  # a run that is under way ends with its worker, in order
+LONGEST_LOG_BYTES = 10_000_000
+TAIL_BYTES = 1000
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A whole belt, locally.",
+)
+Folder = Annotated[Path, typer.Option("--folder", envvar="BELT_STACK", help="For everything that the services keep.")]
+HOME = ROOT / ".belt" / "stack"
+
+
+@app.command()
+def up(
+    folder: Folder = HOME,
+    server_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of Prefect; 4200 if it is free.")] = None,
+    s3_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the object store; 8333 if free.")] = None,
+    postgres_port: Annotated[int | None, typer.Option(min=1, max=65535, help="5433 if it is free.")] = None,
+    late_after_s: Annotated[int | None, typer.Option(min=1, help="A run that has waited so long is late; 900.")] = None,
+) -> None:
+    """Start all services, deploy everything, and say where they are; those that run already go on."""
+    asked = {"server_port": server_port, "s3_port": s3_port, "postgres_port": postgres_port}
+    asked["late_after_s"] = late_after_s
+    stack = Stack.make(folder.resolve(), **{name: value for name, value in asked.items() if value is not None})
+    if not _runs(stack):
+        _start_supervisor(stack)
+    for name in SERVICES:
+        typer.echo(f"{name} ...", nl=False)
+        _wait_for(stack, name)
+        typer.echo(" runs")
+    _make_bucket(stack)
+    _deploy(stack)
+    typer.echo(
+        f"\nPrefect: http://{HOST}:{stack.server_port}\n"
+        f"S3:      {stack.s3_url}, bucket s3://{BUCKET}/\n"
+        f"Logs:    {stack.folder / 'logs'}\n\n"
+        f'In a shell: eval "$({shlex.quote(sys.executable)} -m deployments.stack env)"'
+    )
+
+
+@app.command()
+def down(folder: Folder = HOME) -> None:
+    """Stop all services; what they keep stays, and runs under way go on after the next `up`."""
+    stack = Stack.at(folder.resolve())
+    with supervised(stack) as supervisor:
+        if supervisor is None:
+            typer.echo("Nothing runs.")
+            return
+        process_id = supervisor.getPID()
+        supervisor.shutdown()
+    wait_until("supervisord did not end", lambda: not _lives(process_id), patience_s=STOP_S * (len(SERVICES) + 1))
+    shutil.rmtree(_socket(stack).parent)
+    typer.echo(f"Stopped. What it keeps is in {stack.folder}.")
+
+
+@app.command()
+def status(folder: Folder = HOME) -> None:
+    """Say how each service does; the exit code is 1 where one does not answer."""
+    stack = Stack.at(folder.resolve())
+    all_answer = True
+    with supervised(stack) as supervisor:
+        for name, service in SERVICES.items():
+            state = "STOPPED" if supervisor is None else supervisor.getProcessInfo(name)["statename"]
+            answers = supervisor is not None and service(stack).answers()
+            all_answer = all_answer and answers
+            typer.echo(f"{name:12} {state:10} {'answers' if answers else 'does not answer'}")
+    raise typer.Exit(0 if all_answer else 1)
+
+
+@app.command()
+def env(folder: Folder = HOME) -> None:
+    """Print what a shell needs to speak with the services; contains secrets."""
+    stack = Stack.at(folder.resolve())
+    options = stack.storage_options["s3"]
+    keys = {
+        "AWS_ENDPOINT_URL": options["endpoint_url"],
+        "AWS_ACCESS_KEY_ID": options["key"],
+        "AWS_SECRET_ACCESS_KEY": options["secret"],
+        "AWS_REGION": options["region_name"],
+    }
+    for name, value in (stack.environment | keys).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+@app.command(hidden=True)
+def run(name: str, folder: Folder = HOME) -> None:
+    """Become a service, once those that it needs answer: what supervisord starts."""
+    stack = Stack.at(folder.resolve())
+    service = SERVICES[name](stack)
+    for needed in service.needs:
+        wait_until(f"{name}: {needed} did not answer", SERVICES[needed](stack).answers)
+    service.prepare()
+    os.environ.update(service.environment)
+    os.execvp(service.command[0], service.command)  # noqa: S606 - one of our own
+
+
+def _start_supervisor(stack: Stack) -> None:
+    """Start supervisord, which goes to the background and starts the services."""
+    logs = stack.folder / "logs"
+    logs.mkdir(exist_ok=True)
+    config = configparser.RawConfigParser()
+    config["supervisord"] = {
+        "logfile": str(logs / "supervisord.log"),
+        "pidfile": str(stack.folder / "supervisord.pid"),
+        "childlogdir": str(logs),
+        "identifier": "belt",
+    }
+    config["unix_http_server"] = {"file": str(_socket(stack)), "chmod": "0600"}
+    config["rpcinterface:supervisor"] = {
+        "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+    }
+    for priority, (name, service) in enumerate(SERVICES.items(), start=1):
+        config[f"program:{name}"] = {
+            "command": shlex.join(
+                [sys.executable, "-m", "deployments.stack", "run", name, "--folder", str(stack.folder)]
+            ),
+            "directory": str(ROOT),
+            "priority": str(priority),
+            "startsecs": "1",
+            "startretries": "1000000",  # it goes on trying; `status` tells
+            "autorestart": "true",
+            "stopsignal": service(stack).stop_signal,
+            "stopwaitsecs": f"{STOP_S:.0f}",
+            "stopasgroup": "false",
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": str(logs / f"{name}.log"),
+            "stdout_logfile_maxbytes": str(LONGEST_LOG_BYTES),
+            "stdout_logfile_backups": "3",
+        }
+    path = stack.folder / "supervisord.conf"
+    with path.open("w", encoding="utf-8") as file:
+        config.write(file)
+    done = subprocess.run(
+        [sys.executable, "-m", "supervisor.supervisord", "-c", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+    )
+    if done.returncode:
+        raise BeltError(f"supervisord did not start: {' '.join((done.stdout + done.stderr).split())[-TAIL_BYTES:]}")
+    wait_until("supervisord did not answer", lambda: _runs(stack))
+
+
+def _wait_for(stack: Stack, name: str) -> None:
+    try:
+        wait_until("it did not answer", SERVICES[name](stack).answers)
+    except BeltError as error:
+        log = (stack.folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-TAIL_BYTES:]
+        raise BeltError(f"{name}: {error}; its log ends with: {log}") from error
+
+
+def _make_bucket(stack: Stack) -> None:
+    """An administrator's first object makes a bucket there."""
+    store = S3Store(
+        BUCKET,
+        endpoint=stack.s3_url,
+        access_key_id=stack.s3_key,
+        secret_access_key=stack.s3_secret,
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+    obstore.put(store, ".made", b"")
+
+
+def _deploy(stack: Stack) -> None:
+    """Run `belt deploy`; what the environment says of the site stands, the rest is an example in the object store."""
+    site = {name: value for name, value in os.environ.items() if name.startswith("BELT_")}
+    if "BELT_CORPUS_URI" not in site:
+        typer.echo("writing an example corpus ...", nl=False)
+        site = _write_example(stack) | site
+        typer.echo(" done")
+    site = {"BELT_STORAGE_OPTIONS": json.dumps(stack.storage_options)} | site
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "deploy"],
+        env=os.environ | stack.environment | site,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise BeltError(done.stderr.strip().removeprefix("Error: "))
+    typer.echo(done.stdout.strip())
+
+
+def _write_example(stack: Stack) -> dict[str, str]:
+    """Put the demo's corpus into the object store, where it is not there yet; returns the site's settings for it."""
+    from belt_tasks import demo, object_stores, storage  # noqa: PLC0415 - imports torch
+
+    object_stores.configure(stack.storage_options)
+    corpus_uri, labelled_uri, held_out_uri = (f"s3://{BUCKET}/{name}" for name in ("corpus", "labelled", "held-out"))
+    if not storage.exists(f"{held_out_uri}/part-0.parquet"):  # the last that is written
+        demo.write_demo_corpus(corpus_uri, demo.DEMO_CORPUS_SPEC)
+        demo.copy_splits(corpus_uri, train_uri=labelled_uri, test_uri=held_out_uri)
+    return {
+        "BELT_CORPUS_URI": corpus_uri,
+        "BELT_LABELLED_URI": labelled_uri,
+        "BELT_HELD_OUT_URI": held_out_uri,
+        "BELT_OUTPUT_URI": f"s3://{BUCKET}/predictions",
+        "BELT_MODELS_URI": f"s3://{BUCKET}/models",
+        "BELT_ENCODER": str(demo.demo_encoder()),
+    }
+
+
+@contextmanager
+def supervised(stack: Stack) -> Iterator[Any]:
+    """The running supervisord's own commands, such as `getProcessInfo(name)`; None where none runs."""
+    transport = SupervisorTransport(None, None, f"unix://{_socket(stack)}")
+    with xmlrpc.client.ServerProxy(f"http://{HOST}", transport=transport) as proxy:
+        try:
+            proxy.supervisor.getState()
+        except OSError:
+            yield None
+            return
+        yield proxy.supervisor
+
+
+def _runs(stack: Stack) -> bool:
+    with supervised(stack) as supervisor:
+        return supervisor is not None
+
+
+def _socket(stack: Stack) -> Path:
+    """In a folder of its own under the temporary one, since paths of sockets must be short."""
+    name = hashlib.sha256(str(stack.folder).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"belt-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{folder}: must be this user's alone, for the socket of supervisord")
+    return folder / "supervisor.sock"
+
+
+def _lives(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except BeltError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
