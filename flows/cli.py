@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from belt_tasks import progress, specs
-from belt_tasks.errors import BeltError
+from belt_tasks.errors import BeltError, ConfigError
 from flows.local_server import local_server
 from flows.options import (
     Checkpoint,
@@ -382,6 +382,26 @@ def rollback(
 
         done = run_list.roll_back(output, run)
         _print(f"Readers see run {done.run_id} again instead of {done.from_run_id} (version {done.version}).")
+
+
+@app.command()
+def deploy() -> None:
+    """Make or update belt's deployments, work pools and automations on the Prefect server at PREFECT_API_URL."""
+    with _user_errors():
+        if "PREFECT_API_URL" not in os.environ:
+            raise WrongUsageError(
+                "PREFECT_API_URL must be the address of a Prefect server, such as http://host:4200/api"
+            )
+        with local_server():
+            from flows.deploy import deploy as make  # noqa: PLC0415 - after the environment is set
+            from flows.deploy import read_settings  # noqa: PLC0415 - after the environment is set
+
+            try:
+                settings = read_settings()
+            except ConfigError as error:
+                raise WrongUsageError(str(error)) from error
+            done = make(settings)
+    _print(f"Deployed {', '.join(done)} to {os.environ['PREFECT_API_URL']}.")
 
 
 @app.command()

@@ -1,0 +1,176 @@
+"""Deploy: what deployments/ describes, made on a Prefect server or brought up to date; done again, nothing doubles.
+
+Work pools first, then the block with the options of object stores, the deployments, and the automations.
+"""
+
+import json
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.automations import Automation
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectNotFound
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from belt_tasks import object_stores
+from belt_tasks.errors import BeltError, ConfigError
+
+FOLDER = Path(__file__).parents[1] / "deployments"
+WORK_POOLS = ("cpu", "gpu")
+
+
+class DeploySettings(BaseSettings):
+    """What differs from site to site; each is read from the environment, as BELT_CORPUS_URI and so on."""
+
+    model_config = SettingsConfigDict(env_prefix="BELT_", extra="ignore", use_attribute_docstrings=True)
+
+    corpus_uri: str = Field(min_length=1)
+    """What is scored every night."""
+    output_uri: str = Field(min_length=1)
+    """Where the tables of predictions are."""
+    labelled_uri: str = Field(min_length=1)
+    """The labelled corpus to fine-tune on."""
+    held_out_uri: str = Field(min_length=1)
+    """The labelled corpus to compare checkpoints on; its documents are not in the one above."""
+    encoder: str = Field(min_length=1)
+    """What fine-tuning begins with: a local directory or a name on the hub."""
+    models_uri: str = Field(min_length=1)
+    """Where fine-tuned checkpoints, the registry and evaluations go."""
+    checkpoint_uri: str | None = None
+    """What it is scored with; None is the champion of the registry."""
+    cron: str = "0 2 * * *"
+    """When a night begins."""
+    timezone: str = "UTC"
+    """Where it does."""
+    suffix: str = Field("", pattern=r"^[\w-]*$")
+    """Of the deployments' names, where a server has several sites."""
+    storage_block: str = "belt-storage"
+    """The Secret block with the options of object stores; where there is none, an empty one is made."""
+    storage_options: str | None = None
+    """JSON to keep in that block, such as {"s3": {"key": ..., "secret": ...}}."""
+    alert_block: str | None = None
+    """TYPE/NAME of a notification block, such as slack-webhook/ops, that is told of failed and late runs."""
+
+    def environment(self) -> dict[str, str]:
+        """What prefect.yaml refers to."""
+        values = self.model_dump(exclude={"storage_options", "alert_block"})
+        values["checkpoint_uri"] = self.checkpoint_uri or f"{self.models_uri}/fine-tuned"
+        return {f"BELT_{name.upper()}": value for name, value in values.items()}
+
+
+def read_settings() -> DeploySettings:
+    """The site's settings, from the environment.
+
+    Raises:
+        ConfigError: some are missing or wrong; names them all.
+    """
+    try:
+        return DeploySettings()
+    except ValidationError as error:
+        wrong = [(f"BELT_{'_'.join(map(str, each['loc'])).upper()}", each) for each in error.errors()]
+        missing = [name for name, each in wrong if each["type"] in ("missing", "string_too_short")]
+        others = [f"{name}: {each['msg']}" for name, each in wrong if name not in missing]
+        told = [f"{', '.join(missing)} must be set; see deployments/README.md"] if missing else []
+        raise ConfigError("\n".join(told + others)) from None
+
+
+def deploy(settings: DeploySettings, folder: Path = FOLDER) -> list[str]:
+    """Bring a Prefect server up to date.
+
+    Args:
+        settings: of the site.
+        folder: with prefect.yaml and automations.yaml.
+
+    Returns:
+        Names of the deployments.
+
+    Raises:
+        ConfigError: there is no such folder, or a block is wrong.
+        BeltError: the server refused it.
+    """
+    if not (folder / "prefect.yaml").exists():
+        raise ConfigError(f"{folder}: no prefect.yaml there; deploy from a checkout of belt")
+    with get_client(sync_client=True) as client:
+        for name in WORK_POOLS:
+            try:
+                client.read_work_pool(name)
+            except ObjectNotFound:
+                client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+    _save_storage_block(settings)
+    alert_block_id = None if settings.alert_block is None else _block_id(settings.alert_block)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(  # noqa: S603 - Prefect's own command
+        [*command, "--prefect-file", str(folder / "prefect.yaml")],
+        env=os.environ | settings.environment(),
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise BeltError(f"`prefect deploy` failed: {' '.join((done.stdout + done.stderr).split())[-1000:]}")
+    for wanted in automations(alert_block_id, folder):
+        _put_automation(wanted)
+    described = yaml.safe_load((folder / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    return [deployment["name"].replace("{{ $BELT_SUFFIX }}", settings.suffix) for deployment in described]
+
+
+def automations(alert_block_id: str | None, folder: Path = FOLDER) -> list[Automation]:
+    """The automations to have; those that tell somebody only where there is a block to tell them by."""
+    text = (folder / "automations.yaml").read_text(encoding="utf-8")
+    nobody = "00000000-0000-0000-0000-000000000000"
+    text = string.Template(text).safe_substitute(alert_block_id=alert_block_id or nobody)
+    described: list[dict[str, Any]] = yaml.safe_load(text)
+    return [
+        Automation.model_validate(each)
+        for each in described
+        if alert_block_id is not None or all(action["type"] != "send-notification" for action in each["actions"])
+    ]
+
+
+def _put_automation(wanted: Automation) -> None:
+    with get_client(sync_client=True) as client:
+        found = client.read_automations_by_name(wanted.name)
+    if not found:
+        wanted.create()
+        return
+    wanted.id = found[0].id
+    wanted.update()
+
+
+def _save_storage_block(settings: DeploySettings) -> None:
+    """Keep the given options; a block that is there stays as it is where none are given."""
+    if settings.storage_options is None:
+        try:
+            Secret.load(settings.storage_block)
+        except ValueError:
+            Secret(value="{}").save(settings.storage_block)
+        return
+    try:
+        options = json.loads(settings.storage_options)
+        object_stores.configure(options)
+    except (json.JSONDecodeError, AttributeError, TypeError):
+        raise ConfigError(
+            'BELT_STORAGE_OPTIONS must be a JSON object of options by protocol, such as {"s3": {"key": ...}}'
+        ) from None  # what it is instead may be a secret
+    Secret(value=settings.storage_options).save(settings.storage_block, overwrite=True)
+
+
+def _block_id(slug: str) -> str:
+    kind, _, name = slug.partition("/")
+    with get_client(sync_client=True) as client:
+        try:
+            return str(client.read_block_document_by_name(name, kind).id)
+        except ObjectNotFound as error:
+            raise ConfigError(
+                f"BELT_ALERT_BLOCK: no block {slug!r} on this Prefect server; it must be TYPE/NAME, such as "
+                "slack-webhook/ops"
+            ) from error
