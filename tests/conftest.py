@@ -139,7 +139,9 @@ def _parts(family: str, dropout: float) -> tuple[Tokenizer, dict[str, str], Call
                 wordpiece_tokenizer(),
                 BERT_NAMES,
                 lambda size, **more: transformers.BertConfig(
-                    vocab_size=size, max_position_embeddings=NUM_POSITIONS, pad_token_id=0, **drop, **(SIZES | more)
+                    vocab_size=size,
+                    pad_token_id=0,
+                    **({"max_position_embeddings": NUM_POSITIONS} | drop | SIZES | more),
                 ),
             )
         case "distilbert":

@@ -1,0 +1,282 @@
+"""Nights on a whole stack: real servers, workers and triggers; whatever is killed, the tables are those of a quiet run.
+
+The tests share the stack and run beside its schedule: a night of its own accord, and a run whose machine is lost at the
+beginning, go on while the other tests run, and are looked at in the end.
+"""
+
+import itertools
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from uuid import UUID
+
+import polars as pl
+import psutil
+import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from belt_tasks import score_tables
+from belt_tasks.score_corpus import score_corpus
+from deployments import stack as stacks
+from tests.integration.fault_runs import assert_same, comparable, entity_tags, finished_objects, read
+from tests.rehearsal.rehearsal import BIN, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+DEPLOYMENTS = {
+    "score/score-nightly": {},
+    "score/score-on-demand": {"output_uri": "s3://belt/on-demand"},
+    "preview/preview": {},
+    "evaluate/evaluate": {},
+    "fine-tune/fine-tune": {"spec": {"epochs": 1}},
+    "watch/watch-labels": {},
+    "maintain/maintenance": {},
+}
+SOME_SHARDS = 10
+
+
+@pytest.fixture(scope="module")
+def expected(rehearsal, tmp_path_factory) -> pl.DataFrame:
+    """The predictions of a run in this process, with neither Prefect nor S3 beneath its tables."""
+    from belt_tasks import object_stores
+
+    output = str(tmp_path_factory.mktemp("quiet"))
+    object_stores.configure(rehearsal.stack.storage_options)
+    score_corpus(rehearsal.site["BELT_CORPUS_URI"], rehearsal.site["BELT_CHECKPOINT_URI"], output)
+    object_stores.configure({})
+    return comparable(score_tables.read_table(output, "predictions"), "predictions")
+
+
+@dataclass(kw_only=True)
+class Receiver:
+    """A web hook's other end, and what it was told."""
+
+    url: str
+    told: list[dict[str, Any]] = field(default_factory=list)
+
+    def subjects_of(self, run_name: str) -> list[str]:
+        """Of messages that name the run."""
+        return [each["subject"] for each in list(self.told) if run_name in each["body"]]
+
+
+@pytest.fixture(scope="module")
+def receiver(rehearsal) -> Iterator[Receiver]:
+    """Somebody who wants to be told; the automations are brought up to date for it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            receiver.told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Quietly."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    receiver = Receiver(url=f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with temporary_settings({PREFECT_API_URL: rehearsal.stack.api_url}):
+        message = {"subject": "{{subject}}", "body": "{{body}}"}
+        CustomWebhookNotificationBlock(name="ops", url=receiver.url, json_data=message).save("ops")
+    rehearsal.make("up", BELT_ALERT_BLOCK="custom-webhook/ops", **rehearsal.site)
+    yield receiver
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def lost(rehearsal) -> UUID:
+    """A run whose process and worker went at once, as with their machine: nobody is left to tell the server."""
+    run_id = rehearsal.trigger("preview/preview", output_uri="s3://belt/lost")
+    rehearsal.wait(run_id, "Running")
+    process, worker = rehearsal.process_of(run_id), rehearsal.service("worker-cpu")
+    process.suspend()  # the worker's end must not be the last thing that it tells
+    worker.kill()
+    process.kill()
+    return run_id
+
+
+def test_everything_listens_to_this_machine_alone_and_secrets_are_for_the_owner(rehearsal):
+    supervisor = rehearsal.supervisor()
+    listening = {
+        connection.laddr.ip
+        for process in supervisor.children(recursive=True)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    folder = rehearsal.stack.folder
+
+    assert listening == {"127.0.0.1"}
+    assert (folder.stat().st_mode | (folder / "stack.json").stat().st_mode) & 0o077 == 0
+    told = " ".join(word for process in supervisor.children(recursive=True) for word in process.cmdline())
+    assert rehearsal.stack.postgres_password not in told
+    assert rehearsal.stack.s3_secret not in told
+    assert rehearsal.stack.s3_secret not in rehearsal.logs()
+
+
+def test_a_stack_that_runs_is_brought_up_to_date_and_nothing_doubles(rehearsal, receiver, lost):  # noqa: ARG001
+    deployments = rehearsal.ask(lambda client: client.read_deployments())
+    automations = rehearsal.ask(lambda client: client.read_automations())
+
+    assert Counter(each.name for each in deployments) == Counter(name.partition("/")[2] for name in DEPLOYMENTS)
+    assert len({each.name for each in automations}) == len(automations) == 6
+
+
+def test_each_deployment_runs_when_it_is_triggered(rehearsal, stores, expected):  # noqa: ARG001
+    score = rehearsal.trigger("score/score-nightly")
+    rehearsal.wait(score, "Completed")
+    runs = [rehearsal.trigger(name, **more) for name, more in DEPLOYMENTS.items() if name != "score/score-nightly"]
+    for run_id in runs:
+        rehearsal.wait(run_id, "Completed")
+
+    assert_same(read("s3://belt/predictions", "predictions"), expected)
+    assert_same(read("s3://belt/on-demand", "predictions"), expected)
+
+
+def test_new_labels_start_a_retraining_once(rehearsal):
+    found: list[Any] = []
+
+    def is_there() -> bool:
+        found[:] = [
+            run
+            for run in rehearsal.ask(lambda client: client.read_flow_runs())
+            if run.created_by is not None and run.created_by.type == "AUTOMATION"
+        ]
+        return bool(found) and found[0].state.name == "Completed"
+
+    wait_until(is_there, lambda: f"{found}\n{rehearsal.logs()}")
+    assert [run.name for run in found] == ["fine-tune s3://belt/labelled"]
+
+
+def test_wrong_parameters_are_refused_by_the_command_line(rehearsal):
+    with pytest.raises(AssertionError, match="device"):
+        rehearsal.trigger("score/score-on-demand", spec={"device": "tpu"})
+
+
+@pytest.mark.parametrize("victim", ["flow", "worker-gpu", "server", "postgres"])
+@pytest.mark.parametrize("phase", ["scoring", "publishing"])
+def test_a_night_ends_with_the_same_table_whatever_is_killed(rehearsal, stores, expected, victim, phase):  # noqa: ARG001
+    output = f"s3://belt/{victim}-{phase}"
+    run_id = rehearsal.trigger("score/score-on-demand", output_uri=output)
+
+    def has_come_so_far() -> bool:
+        there = entity_tags(output)
+        if phase == "publishing":
+            return any(path.endswith("manifest.json") for path in there)
+        return sum("/receipts/" in path for path in there) >= SOME_SHARDS
+
+    wait_until(has_come_so_far, rehearsal.logs)
+    done = finished_objects(output)
+    rehearsal.victim(victim, run_id).kill()
+    run = rehearsal.wait(run_id, "Completed")
+
+    now = entity_tags(output)
+    assert {path: now[path] for path in done} == done
+    assert_same(read(output, "predictions"), expected)
+    names = [state.name for state in rehearsal.states(run_id)]
+    assert names.count("Crashed") == names.count("AwaitingRetry") == run.run_count - 1  # taken up once for each crash
+    if victim == "flow":
+        assert run.run_count == 2
+
+
+def test_a_cancelled_night_stops_and_another_goes_on_from_it(rehearsal, stores, expected):  # noqa: ARG001
+    output = "s3://belt/cancelled"
+    run_id = rehearsal.trigger("score/score-on-demand", output_uri=output)
+    wait_until(lambda: sum("/receipts/" in path for path in entity_tags(output)) >= SOME_SHARDS, rehearsal.logs)
+    process = rehearsal.process_of(run_id)
+
+    asked_at = datetime.now(UTC)
+    rehearsal.command(BIN / "prefect", "--no-prompt", "flow-run", "cancel", str(run_id))
+    rehearsal.wait(run_id, "Cancelled")
+    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    print(f"cancelled after {(datetime.now(UTC) - asked_at).total_seconds():.1f} s")  # noqa: T201 - the figure that matters
+    assert "predictions" not in {path.partition("/")[0] for path in entity_tags(output)}
+
+    done = finished_objects(output)
+    again = rehearsal.trigger("score/score-on-demand", output_uri=output)
+    rehearsal.wait(again, "Completed")
+
+    now = entity_tags(output)
+    assert {path: now[path] for path in done} == done
+    assert_same(read(output, "predictions"), expected)
+
+
+def test_who_wants_to_be_told_is_told_once_of_a_run_that_failed(rehearsal, receiver):
+    run_id = rehearsal.trigger("score/score-on-demand", corpus_uri="s3://belt/nowhere", output_uri="s3://belt/none")
+    run = rehearsal.wait(run_id, "Failed")
+
+    wait_until(lambda: receiver.subjects_of(run.name))
+    assert receiver.subjects_of(run.name) == ["belt: score is Failed"]
+    assert "s3://belt/nowhere" in next(each["body"] for each in receiver.told if run.name in each["body"])
+
+
+def test_who_wants_to_be_told_is_told_of_a_run_that_nobody_takes(rehearsal, receiver):
+    with stacks.supervised(rehearsal.stack) as supervisor:
+        supervisor.stopProcess("worker-cpu")
+    run_id = rehearsal.trigger("preview/preview")
+    run = rehearsal.wait(run_id, "Late")
+    wait_until(lambda: receiver.subjects_of(run.name))
+    with stacks.supervised(rehearsal.stack) as supervisor:
+        supervisor.startProcess("worker-cpu")
+
+    assert receiver.subjects_of(run.name) == ["belt: preview is Late"]
+    rehearsal.wait(run_id, "Completed")
+
+
+def test_a_run_whose_machine_was_lost_is_noticed_and_goes_on(rehearsal, lost):
+    run = rehearsal.wait(lost, "Completed")
+
+    assert run.run_count == 2
+    assert [state.name for state in rehearsal.states(lost)].count("Crashed") == 1
+
+
+def test_a_night_comes_of_its_own_accord(rehearsal, night):
+    found: list[Any] = []
+
+    def is_there() -> bool:
+        runs = rehearsal.ask(lambda client: client.read_flow_runs())
+        found[:] = [each for each in runs if each.auto_scheduled and each.expected_start_time == night]
+        return bool(found) and found[0].state.name == "Completed"
+
+    wait_until(is_there, lambda: f"{found}\n{rehearsal.logs()}")
+
+
+def test_the_gpu_holds_one_model_at_a_time(rehearsal):
+    busy = []
+    for run in rehearsal.ask(lambda client: client.read_flow_runs()):
+        states = rehearsal.states(run.id) if run.work_pool_name == "gpu" else []
+        busy += [
+            (state.timestamp, after.timestamp, run.name)
+            for state, after in itertools.pairwise(states)
+            if state.name == "Running"
+        ]
+    busy.sort()
+
+    assert len(busy) > len(DEPLOYMENTS)
+    for (_, end, _), (start, _, _) in itertools.pairwise(busy):
+        assert end <= start
+
+
+def test_stopped_and_started_again_nothing_is_lost(rehearsal, stores, expected):  # noqa: ARG001
+    output = "s3://belt/stopped"
+    run_id = rehearsal.trigger("score/score-on-demand", output_uri=output)
+    wait_until(lambda: sum("/receipts/" in path for path in entity_tags(output)) >= SOME_SHARDS, rehearsal.logs)
+    supervisor = rehearsal.supervisor()
+    processes = [supervisor, *supervisor.children(recursive=True)]
+
+    rehearsal.make("down")
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert alive == []
+    rehearsal.make("up", **rehearsal.site)
+    rehearsal.wait(run_id, "Completed")
+
+    assert_same(read(output, "predictions"), expected)
+    assert_same(read("s3://belt/predictions", "predictions"), expected)
