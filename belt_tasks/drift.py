@@ -30,6 +30,16 @@ Quantity = Literal["labels", "scores", "lengths", "unknown_tokens"]
 Verdict = Literal["none", "drifted", "too_few_documents"]
 Counts = npt.NDArray[np.int64]
 
+QUANTITIES: dict[Quantity, str] = {
+    "labels": "label shares",
+    "scores": "scores",
+    "lengths": "document lengths",
+    "unknown_tokens": "share of unknown tokens",
+}
+WITHOUT_REFERENCE = "No verdict on drift: there is no reference yet"
+OF_REFERENCE = "This run is what later ones are compared with"
+STATISTICS = {"psi": "PSI", "ks": "KS", "increase": "increase"}
+
 
 class Measure(Spec):
     """One number, and what it may be."""
@@ -57,6 +67,19 @@ class DriftReport(Spec):
     measures: tuple[Measure, ...]
     """None where one of the two has no document."""
     spec: DriftSpec
+
+    @property
+    def words(self) -> str:
+        """The verdict, in a sentence without a full stop."""
+        if self.verdict == "too_few_documents":
+            here, there = f"{self.num_documents:,} here", f"{self.num_documents_reference:,} in the reference"
+            return f"No verdict on drift: fewer than {self.spec.min_documents:,} documents ({here}, {there})"
+        far = [
+            f"{QUANTITIES[measure.quantity]} ({STATISTICS[measure.statistic]} {measure.value:.2f})"
+            for measure in self.measures
+            if measure.passed is False
+        ]
+        return f"Drift: {', '.join(far)}" if far else "No drift"
 
 
 def drift_of(now: RunStatistics, reference: RunStatistics, spec: DriftSpec) -> DriftReport:

@@ -15,28 +15,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from belt_tasks.drift import Measure
+from belt_tasks.drift import QUANTITIES, STATISTICS, Measure
 
-INVISIBLE = {
-    "Cc",
-    "Cf",
-    "Cn",
-    "Co",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # Unicode categories: control, direction, unassigned, private, ...
+INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}  # Unicode categories: control, direction, private, ...
 ELLIPSIS = "\u2026"
 TAIL = 20  # characters kept of the end of what is shortened
 SMALLEST_P = 1e-4
-
-QUANTITIES = {
-    "labels": "label shares",
-    "scores": "scores",
-    "lengths": "document lengths",
-    "unknown_tokens": "share of unknown tokens",
-}
-STATISTICS = {"psi": "PSI", "ks": "KS", "increase": "increase"}
 
 
 def render(name: str, values: dict[str, Any]) -> bytes:

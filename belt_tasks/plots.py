@@ -200,9 +200,7 @@ def _write_counts(axes: Axes, confusion_LL: NDArray[np.int64], share_LL: NDArray
 def new_figure(width: float, height: float, *, facecolor: str = "white") -> Figure:
     """An empty figure, in inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor=facecolor)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor=facecolor)
 
 
 def _finish(axes: Axes) -> None:
@@ -219,7 +217,8 @@ def _caption(figure: Figure, text: str) -> None:
 def png_of(figure: Figure) -> bytes:
     """The finished picture."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # not savefig, which lays out and draws everything twice
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 

@@ -29,18 +29,17 @@ def reference_of(run: RunRef, manifest: Manifest, counted: RunStatistics) -> Run
         counted: its statistics.
 
     Returns:
-        None before the first whole scoring has ended, and where that was before there were statistics.
-
-    Raises:
-        ConfigError: the files of a step have been cleaned up before it was counted.
+        None before the first whole scoring has ended, and where files of it were cleaned up before they were counted.
     """
     uri = uri_of(run.output_uri, counted.scoring_fingerprint)
     if not storage.exists(uri):
         steps = whole_scoring(run, manifest)
         if steps is None or not counted.num_documents:
             return None
-        parts = [statistics.of_run(step, of_step) for step, of_step in steps]
-        _create(uri, reduce(add, [*parts, counted]).model_dump_json().encode())
+        parts = [part for part in (statistics.of_run(*step) for step in steps) if part is not None]
+        if len(parts) < len(steps):
+            return None
+        storage.write_bytes(uri, reduce(add, [*parts, counted]).model_dump_json().encode())
     return RunStatistics.model_validate_json(storage.read_bytes(uri))
 
 
@@ -62,9 +61,3 @@ def whole_scoring(run: RunRef, manifest: Manifest) -> list[tuple[RunRef, Manifes
             return None  # the one before was of the whole corpus already: this one scored what has changed since
         steps.insert(0, (base, manifest))
     return steps
-
-
-def _create(uri: str, data: bytes) -> None:
-    """Write what is not there yet."""
-    if not storage.exists(uri):
-        storage.write_bytes(uri, data)

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from belt_tasks import pages, report_pictures
+from belt_tasks import drift, report_pictures
 from belt_tasks.drift import DriftReport
 from belt_tasks.examples import NUM_LABELS, NUM_PASSAGES, RejectedRows
 from belt_tasks.publishing import Manifest
@@ -55,7 +55,7 @@ def of_report(
     labels = [] if counted.is_regression else report_pictures.label_shares(counted, compared)
     return {
         "run": run,
-        "verdict": _verdict(found, counted),
+        "verdict": _verdict(compared, found),
         "compared": _compared(compared, counted),
         "drift": found,
         "figures": _figures(run, counted),
@@ -99,22 +99,11 @@ def _most_first(label: tuple[str, int]) -> int:
     return -label[1]
 
 
-def _verdict(found: DriftReport | None, counted: RunStatistics) -> dict[str, str]:
-    if found is None:
-        return {"tone": "", "words": "No verdict on drift: there is no reference yet"}
-    if found.verdict == "too_few_documents":
-        num_documents = f"{found.num_documents:,} here, {found.num_documents_reference:,} in the reference"
-        words = f"No verdict on drift: fewer than {found.spec.min_documents:,} documents ({num_documents})"
-        return {"tone": "", "words": words}
-    if found.verdict == "none":
-        is_reference = found.reference_run_ids == counted.run_ids
-        return {"tone": "good", "words": "No drift" + (": this run is the reference" if is_reference else "")}
-    far = [
-        f"{pages.QUANTITIES[measure.quantity]} ({pages.STATISTICS[measure.statistic]} {measure.value:.2f})"
-        for measure in found.measures
-        if not measure.passed
-    ]
-    return {"tone": "bad", "words": f"Drift: {', '.join(far)}"}
+def _verdict(compared: RunStatistics | None, found: DriftReport | None) -> dict[str, str]:
+    if found is not None:
+        tones = {"none": "good", "drifted": "bad", "too_few_documents": ""}
+        return {"tone": tones[found.verdict], "words": found.words}
+    return {"tone": "", "words": drift.WITHOUT_REFERENCE if compared is None else drift.OF_REFERENCE}
 
 
 def _compared(compared: RunStatistics | None, counted: RunStatistics) -> str:
@@ -124,11 +113,12 @@ def _compared(compared: RunStatistics | None, counted: RunStatistics) -> str:
             "checkpoint with these windows, pooling, precision and threshold."
         )
     if compared.run_ids == counted.run_ids:
-        return "This run is the reference that later runs by the same rules are compared with."
+        return "Later runs by the same rules are compared with this one."
     runs = ", ".join(compared.run_ids[:3]) + (", ..." if len(compared.run_ids) > 3 else "")  # noqa: PLR2004 - enough
+    part = "of which this run was a step" if set(counted.run_ids) <= set(compared.run_ids) else ""
     return (
-        f"The reference is the first whole scoring by the same rules: {compared.num_documents:,} documents "
-        f"(run {runs}), against {counted.num_documents:,} of this run."
+        f"The reference is the first whole scoring by the same rules{part and f', {part}'}: "
+        f"{compared.num_documents:,} documents (run {runs}), against {counted.num_documents:,} of this run."
     )
 
 

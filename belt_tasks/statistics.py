@@ -21,7 +21,6 @@ import polars as pl
 import polars_hash as plh
 
 from belt_tasks import storage
-from belt_tasks.errors import ConfigError
 from belt_tasks.histograms import Histogram
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import Spec
@@ -159,21 +158,20 @@ def uri_of(run: RunRef) -> str:
     return storage.join(run.uri, "statistics.json")
 
 
-def of_run(run: RunRef, manifest: Manifest) -> RunStatistics:
+def of_run(run: RunRef, manifest: Manifest) -> RunStatistics | None:
     """Count a complete run's predictions and write the statistics, unless an earlier attempt did.
 
     A row group of some files is in memory at a time.
 
-    Raises:
-        ConfigError: its files have been cleaned up.
+    Returns:
+        None where its files were cleaned up before they were counted.
     """
     uri = uri_of(run)
     if storage.exists(uri):
         return RunStatistics.model_validate_json(storage.read_bytes(uri))
     uris = manifest.uris(run.output_uri, "predictions")
-    gone = next((each for each in uris if not storage.exists(each)), None)
-    if gone is not None:
-        raise ConfigError(f"{gone}: is gone, and so is what run {run.run_id} could be told by; it was cleaned up")
+    if not all(map(storage.exists, uris)):
+        return None
     counted = of_files(uris, manifest)
     storage.write_bytes(uri, counted.model_dump_json().encode())
     return counted
