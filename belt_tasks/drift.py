@@ -74,12 +74,14 @@ class DriftReport(Spec):
         if self.verdict == "too_few_documents":
             here, there = f"{self.num_documents:,} here", f"{self.num_documents_reference:,} in the reference"
             return f"No verdict on drift: fewer than {self.spec.min_documents:,} documents ({here}, {there})"
-        far = [
-            f"{QUANTITIES[measure.quantity]} ({STATISTICS[measure.statistic]} {measure.value:.2f})"
-            for measure in self.measures
-            if measure.passed is False
-        ]
-        return f"Drift: {', '.join(far)}" if far else "No drift"
+        far: dict[str, list[str]] = {}
+        for measure in self.measures:
+            if measure.passed is False:
+                far.setdefault(QUANTITIES[measure.quantity], []).append(
+                    f"{STATISTICS[measure.statistic]} {measure.value:.2f}"
+                )
+        told = ", ".join(f"{name} ({', '.join(by)})" for name, by in far.items())
+        return f"Drift: {told}" if far else "No drift"
 
 
 def drift_of(now: RunStatistics, reference: RunStatistics, spec: DriftSpec) -> DriftReport:

@@ -142,10 +142,11 @@ def test_a_link_to_a_file_is_one_whatever_the_folder_is_called():
                 "measures": (
                     Measure(quantity="scores", statistic="psi", value=0.3, limit=0.2, passed=False),
                     Measure(quantity="scores", statistic="ks", value=0.01, limit=0.1, passed=True),
+                    Measure(quantity="lengths", statistic="psi", value=2.5, limit=0.2, passed=False),
                     Measure(quantity="lengths", statistic="ks", value=0.5, limit=0.1, passed=False),
                 ),
             },
-            "Drift: scores (PSI 0.30), document lengths (KS 0.50).",
+            "Drift: scores (PSI 0.30), document lengths (PSI 2.50, KS 0.50).",
         ),
     ],
 )
