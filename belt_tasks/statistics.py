@@ -27,7 +27,8 @@ from belt_tasks.specs import Spec
 
 SAMPLE_SIZE = 5_000
 KEY_DIGITS = 16
-NUM_THREADS = 4  # files at once, a row group of each in memory
+NUM_THREADS = 4  # files at once, some row groups of each in memory
+BATCH_ROWS = 65_536  # to draw a sample costs some milliseconds, however few the rows
 SAMPLED = {"keys": pl.String, "scores": pl.Float64, "labels": pl.Int64, "num_tokens": pl.Int64}
 COLUMNS = ["doc_id", "label", "labels", "score", "num_tokens", "content_fingerprint"]
 
@@ -161,7 +162,7 @@ def uri_of(run: RunRef) -> str:
 def of_run(run: RunRef, manifest: Manifest) -> RunStatistics | None:
     """Count a complete run's predictions and write the statistics, unless an earlier attempt did.
 
-    A row group of some files is in memory at a time.
+    Some row groups of some files are in memory at a time.
 
     Returns:
         None where its files were cleaned up before they were counted.
@@ -195,8 +196,5 @@ def of_files(uris: list[str], manifest: Manifest) -> RunStatistics:
 
 def _batches(uri: str, labels: tuple[str, ...]) -> Iterator[pl.DataFrame]:
     columns = [*COLUMNS, *(["logits"] if len(labels) == 1 else [])]
-    with storage.open_parquet(uri) as file:
-        for group in range(file.num_row_groups):
-            with storage.errors_of(f"read {uri}"):
-                rows = file.read_row_group(group, columns=columns)
-            yield pl.DataFrame(rows)
+    with storage.open_parquet(uri) as file, storage.errors_of(f"read {uri}"):
+        yield from map(pl.DataFrame, file.iter_batches(BATCH_ROWS, columns=columns))

@@ -157,12 +157,14 @@ def test_the_statistics_of_a_run_are_those_of_its_predictions_and_its_manifest(c
     assert statistics.of_run(run, manifest) is None
 
 
-def test_a_row_group_at_a_time_gives_the_same(corpus, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("batch_rows", [1, 10, statistics.BATCH_ROWS])
+def test_some_rows_at_a_time_give_the_same(corpus, tiny_checkpoint, tmp_path, monkeypatch, batch_rows):
     manifest = score_corpus(corpus, tiny_checkpoint, str(tmp_path / "out"), spec=SPEC)
     uris = manifest.uris(str(tmp_path / "out"), "predictions")
     whole = statistics.of_files(uris, manifest)
 
     for uri in uris:
         pl.read_parquet(uri).write_parquet(uri, row_group_size=7)
+    monkeypatch.setattr(statistics, "BATCH_ROWS", batch_rows)
 
     assert statistics.of_files(uris[::-1], manifest) == whole
