@@ -150,7 +150,8 @@ def make_up(run: RunRef, number: int, *, with_evidence: bool = False) -> Manifes
             files.append(FileReceipt(table="evidence", path=path, num_rows=len(shown)))
         counts = Counts(num_documents=len(rows), num_tokens=200 * len(rows))
         receipts.append(ShardReceipt(shard_key=f"{first:016x}", files=tuple(files), counts=counts))
-    row = {"flow": "score", "corpus_uri": "made up", "spec": SPEC.model_dump_json(), "scoring_fingerprint": "0" * 16}
+    row = {"flow": "score", "corpus_uri": "made up", "spec": SPEC.model_dump_json()}
+    row |= {"scoring_fingerprint": "0" * 16, "checkpoint_digest": "0" * 64}
     change = TableChange(base_run_id=None, replaces_all=True)
     return complete(run, receipts, row=row, labels=LABELS, started_at=datetime.now(UTC), change=change)
 

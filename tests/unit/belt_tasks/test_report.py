@@ -179,6 +179,25 @@ def test_evidence_is_told_where_there_is_some(corpus, tiny_checkpoint, tmp_path,
     assert ("Evidence" in text_of(done.report_uri)) == (evidence == "all")
 
 
+@pytest.mark.parametrize(
+    ("task", "labels"), [("multilabel", ("a", "b")), ("multilabel", ("a",)), ("regression", ("stars",))]
+)
+def test_every_task_has_a_report(corpus, tiny_encoder, tmp_path, task, labels):
+    checkpoint, output = (
+        save_tiny_checkpoint(tmp_path / "model", tiny_encoder, labels, task=task),
+        str(tmp_path / "out"),
+    )
+    first = night(corpus, checkpoint, output)
+    write(corpus, "b", [words(9 * i, seed=i) for i in range(30)])
+
+    second = night(corpus, checkpoint, output)
+
+    for done in (first, second):
+        assert ("Documents by label" in text_of(done.report_uri)) == (task == "multilabel")
+    assert second.verdict == "No drift"
+    assert [measure.quantity for measure in second.drift.measures].count("labels") == (task == "multilabel")
+
+
 def test_a_run_that_only_takes_documents_away_has_a_report(corpus, tiny_checkpoint, tmp_path):
     output = str(tmp_path / "out")
     write(corpus, "b", ["fox", "dog"])
