@@ -162,8 +162,17 @@ score(corpus, checkpoint, output, CorpusSpec(), SPEC, drift=LIMITS)
 """
 
 
-@pytest.mark.parametrize("corpus_changes", [False, True], ids=["the same corpus", "another corpus"])
-@pytest.mark.parametrize("when", ["predictions shown", "tables shown", "pages written", "event sent"])
+@pytest.mark.parametrize(
+    ("when", "corpus_changes"),
+    [
+        ("predictions shown", False),
+        ("tables shown", False),
+        ("pages written", False),
+        ("event sent", False),
+        ("predictions shown", True),
+        ("event sent", True),
+    ],
+)
 def test_whenever_an_attempt_is_killed_the_next_reports_and_the_server_keeps_one_event(
     when, corpus_changes, corpus, tiny_checkpoint, tmp_path, client
 ):
