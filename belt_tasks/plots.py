@@ -8,6 +8,7 @@ Shape letters: D documents, L labels, B bins of confidence.
 
 import io
 import math
+import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def confusion_matrix_png(confusion: ArrayLike, labels: Sequence[str]) -> bytes:
     side = max(cell * num_labels, 3.0)
     rotation = 0 if name_inches < 0.9 * side / num_labels else 40 if num_labels <= MAX_COUNTED else 90
     below = name_inches * math.sin(math.radians(rotation))
-    figure = _figure(side + name_inches + 1.9, side + below + 1.3)
+    figure = new_figure(side + name_inches + 1.9, side + below + 1.3)
     axes = figure.add_subplot()
     # the root of the share: a confusion of 2 % is to be seen beside a recall of 90 %
     norm = PowerNorm(0.5, vmin=0, vmax=1)
@@ -94,7 +95,7 @@ def confusion_matrix_png(confusion: ArrayLike, labels: Sequence[str]) -> bytes:
     num_absent = int((true_L == 0).sum())
     absent = f"; grey rows: labels without documents ({num_absent})" if num_absent else ""
     _caption(figure, f"documents: {num_documents:,}{absent}")
-    return _png(figure)
+    return png_of(figure)
 
 
 def reliability_png(bins: ReliabilityBins, counted: str = "documents") -> bytes:
@@ -105,7 +106,7 @@ def reliability_png(bins: ReliabilityBins, counted: str = "documents") -> bytes:
         counted: What one decision is about, in the plural: documents, or for multilabel label decisions.
     """
     num_decisions = int(bins.num_decisions.sum())
-    figure = _figure(6.4, 7.0)
+    figure = new_figure(6.4, 7.0)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     left_B, width_B = bins.edges[:-1], np.diff(bins.edges)
     gap_B = bins.confidence - bins.accuracy
@@ -129,7 +130,7 @@ def reliability_png(bins: ReliabilityBins, counted: str = "documents") -> bytes:
     _finish(above)
     _finish(below)
     _caption(figure, f"{counted}: {num_decisions:,}; {len(left_B)} bins of equal width")
-    return _png(figure)
+    return png_of(figure)
 
 
 def predicted_against_target_png(target_D: ArrayLike, predicted_D: ArrayLike) -> bytes:
@@ -144,7 +145,7 @@ def predicted_against_target_png(target_D: ArrayLike, predicted_D: ArrayLike) ->
     margin = max(0.04 * (highest - lowest), 1e-6 * extent) or 1.0  # documents may all be the same
     limits = (lowest - margin, highest + margin)
     is_crowded = len(target_D) > MAX_DOTS
-    figure = _figure(7.6 if is_crowded else 6.4, 6.6)
+    figure = new_figure(7.6 if is_crowded else 6.4, 6.6)
     axes = figure.add_subplot()
     if is_crowded:
         blues = LinearSegmentedColormap.from_list("blues", [LIGHT_BLUE, BLUE, DARK_BLUE])
@@ -161,7 +162,7 @@ def predicted_against_target_png(target_D: ArrayLike, predicted_D: ArrayLike) ->
     values = ", ".join(f"{name} {_shown(metrics[key])}" for name, key in (("R\u00b2", "r2"), ("MAE", "mae")))
     axes.set_title(f"Predicted against target: {values}", loc="left")
     _caption(figure, f"documents: {len(target_D):,}; Spearman {_shown(metrics['spearman'])}")
-    return _png(figure)
+    return png_of(figure)
 
 
 def display_names(labels: Sequence[str]) -> list[str]:
@@ -196,11 +197,10 @@ def _write_counts(axes: Axes, confusion_LL: NDArray[np.int64], share_LL: NDArray
         axes.text(column, row, text, ha="center", va="center", color=color, size=9)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, *, facecolor: str = "white") -> Figure:
+    """An empty figure, in inches."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor=facecolor)
 
 
 def _finish(axes: Axes) -> None:
@@ -214,10 +214,18 @@ def _caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, x=0.02, ha="left", fontsize=8.5, color=GREY)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
+    """The finished picture."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # not savefig, which lays out and draws everything twice
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Width and height of a picture, as it is to be shown: in pixels of 96 to an inch."""
+    width, height = struct.unpack(">II", png[16:24])
+    return round(width * 96 / DPI), round(height * 96 / DPI)
 
 
 def _shown(value: float | None) -> str:

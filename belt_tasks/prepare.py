@@ -121,6 +121,7 @@ def count(windows: Windows, tokens: Tokens) -> Counts:
         num_documents=len(tokens.num_tokens_D),
         num_chunks=windows.num_chunks,
         num_tokens=len(tokens.input_ids_T),
+        num_unknown_tokens=tokens.num_unknown,
         num_tokens_scored=int(new_tokens_C.sum()),
         num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
         num_redundant_chunks=int(((new_tokens_C == 0) & (windows.chunk_index_C > 0)).sum()),

@@ -34,6 +34,8 @@ class Counts(Spec):
     num_chunks: int = 0
     num_tokens: int = 0
     """Content tokens of the documents."""
+    num_unknown_tokens: int | None = 0
+    """Those of them that stand for what the vocabulary lacks; None where the tokenizer has no such token."""
     num_tokens_scored: int = 0
     """Different content tokens that a chunk covers."""
     num_tokens_encoded: int = 0
@@ -58,8 +60,10 @@ class Counts(Spec):
         added = {
             name: getattr(self, name) + getattr(other, name)
             for name in Counts.model_fields
-            if name != "rejected_by_reason"
+            if name not in ("rejected_by_reason", "num_unknown_tokens")
         }
+        unknown = (self.num_unknown_tokens, other.num_unknown_tokens)
+        added["num_unknown_tokens"] = None if None in unknown else sum(number or 0 for number in unknown)
         reasons = sorted(self.rejected_by_reason | other.rejected_by_reason)
         added["rejected_by_reason"] = {
             reason: self.rejected_by_reason.get(reason, 0) + other.rejected_by_reason.get(reason, 0)

@@ -216,6 +216,7 @@ def score_block(planned: PlannedBlock, outputs_CK: Tensor | None, scorer: Scorer
                 "num_documents": 0,  # known when they are written
                 "num_documents_reused": len(stored) - len(planned.new_documents),
                 "num_tokens": counts.num_tokens,
+                "num_unknown_tokens": counts.num_unknown_tokens,
                 "num_tokens_scored": counts.num_tokens_scored,
             }
         ),

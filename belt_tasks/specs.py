@@ -195,6 +195,28 @@ class ScoreSpec(Spec):
         return self
 
 
+class DriftSpec(Spec):
+    """When the documents of a run, or what the model says of them, count as other than those of the reference.
+
+    A measure is over its limit where chance alone would hardly bring it there: the p-value must be below `alpha` too.
+    """
+
+    max_psi: float = Field(default=0.2, gt=0.0)
+    """Population stability index of label shares, scores and lengths up to which all is well."""
+
+    max_ks: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Kolmogorov-Smirnov distance of scores and of lengths up to which all is well."""
+
+    alpha: float = Field(default=0.001, gt=0.0, lt=1.0)
+    """Probability that documents drawn from the reference itself differ so much, below which it was not chance."""
+
+    max_unknown_increase: float = Field(default=0.02, gt=0.0, le=1.0)
+    """By how much the share of tokens that the vocabulary lacks may exceed the reference's."""
+
+    min_documents: int = Field(default=200, ge=1)
+    """Documents, of the run and of the reference, below which there is no verdict."""
+
+
 class TrainSpec(Spec):
     """How an encoder is fine-tuned."""
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 from belt_tasks import storage
 from belt_tasks.clean import Cleaned
@@ -13,6 +14,7 @@ from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.maintenance import TableCheck
 from belt_tasks.preview import ScorePreview
 from belt_tasks.publishing import Manifest
+from belt_tasks.report import ScoreReport
 from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
 
@@ -33,13 +35,16 @@ SHOWN_METRICS = {
 }
 
 
-def run_summary(manifest: Manifest, *, asked_at: datetime, earlier_steps: Sequence[Manifest] = ()) -> str:
+def run_summary(
+    manifest: Manifest, *, asked_at: datetime, earlier_steps: Sequence[Manifest] = (), report: ScoreReport | None = None
+) -> str:
     """Counts, rejected rows with reasons, cost by stage, and where everything is.
 
     Args:
         manifest: of the run.
         asked_at: when the caller asked for it; a run that had finished before was not done again.
         earlier_steps: the runs before this one that published parts of the same corpus.
+        report: of a scoring run.
     """
     run = manifest.run
     reused = datetime.fromisoformat(run["finished_at"]) < asked_at
@@ -67,17 +72,25 @@ def run_summary(manifest: Manifest, *, asked_at: datetime, earlier_steps: Sequen
             [[stage, _seconds(run[f"{stage}_s"]), _rate(run, stage)] for stage in STAGES if run[f"{stage}_s"] > 0],
         ),
         "",
+        *([] if report is None else [f"{report.verdict}.", ""]),
         f"- output: `{run['output_uri']}`",
-        f"- manifest: `{storage.join(run['output_uri'], 'runs', run['run_id'], 'manifest.json')}`",
+        *([] if report is None else _pages(report)),
+        f"- run: {_link(_run_uri(run))}",
+        f"- manifest: `{storage.join(_run_uri(run), 'manifest.json')}`",
     ]
     tables = sorted({file.table for file in manifest.files})
     if run["flow"] == "score":
         shows_evidence = json.loads(run["spec"]).get("evidence", "none") != "none"
         tables = ["predictions", *(["evidence"] if shows_evidence else []), "rejected", "runs"]
-        lines += [f"- {table}: `{_table_uri(run, table)}` (Delta Lake)" for table in tables]
+        lines += [f"- {table}: {_link(_table_uri(run, table))} (Delta Lake)" for table in tables]
     else:
         lines += [f"- {table}: `{_pattern(run, table)}`" for table in tables]
     return "\n".join(lines) + "\n"
+
+
+def report_summary(report: ScoreReport) -> str:
+    """The verdict on drift, and where a run's report is."""
+    return "\n".join([f"## report of run {report.run.run_id}", "", f"{report.verdict}.", "", *_pages(report)]) + "\n"
 
 
 def preview_summary(found: ScorePreview) -> str:
@@ -262,6 +275,7 @@ def demo_summary(
             f"- predictions: `{predictions}`",
             f"- evidence: `{_table_uri(scored, 'evidence')}`",
             f"- rejected rows: `{_table_uri(scored, 'rejected')}`",
+            f"- report: `{storage.join(_run_uri(scored), 'report', 'index.html')}`",
             "",
             "To look at the predictions:",
             "",
@@ -369,8 +383,26 @@ def _main_metric(task: str) -> str:
     return {"regression": "mse", "multilabel": "micro_f1"}.get(task, "accuracy")
 
 
+def _pages(report: ScoreReport) -> list[str]:
+    return [
+        f"- report: {_link(report.report_uri)}",
+        f"- data quality: {_link(report.quality_uri)}",
+        f"- statistics: `{report.statistics_uri}`",
+    ]
+
+
+def _link(uri: str) -> str:
+    """A place to copy, and to click on where it is shown by something that can open it."""
+    address = uri if "://" in uri else f"file://{uri}"
+    return f"`{uri}` ([open]({quote(address, safe=':/')}))"
+
+
+def _run_uri(run: dict[str, Any]) -> str:
+    return storage.join(run["output_uri"], "runs", run["run_id"])
+
+
 def _pattern(run: dict[str, Any], table: str) -> str:
-    return storage.join(run["output_uri"], "runs", run["run_id"], table, "*.parquet")
+    return storage.join(_run_uri(run), table, "*.parquet")
 
 
 def _table_uri(run: dict[str, Any], table: str) -> str:

@@ -62,21 +62,29 @@ class Tokens:
     """One past its last character."""
     offsets: Int64
     """D + 1 positions in the buffers."""
+    unknown_id: int | None = None
+    """The id that stands for what the vocabulary lacks; None where the tokenizer has none."""
 
     @property
     def num_tokens_D(self) -> Int64:
         """Content tokens of each document."""
         return np.diff(self.offsets)
 
+    @property
+    def num_unknown(self) -> int | None:
+        """Tokens that stand for what the vocabulary lacks."""
+        return None if self.unknown_id is None else int(np.count_nonzero(self.input_ids_T == self.unknown_id))
+
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The documents of several buffers in one."""
+        """The documents of several buffers, of one tokenizer, in one."""
         lengths = [part.num_tokens_D for part in parts]
         return cls(
             input_ids_T=np.concatenate([np.empty(0, np.int32), *(part.input_ids_T for part in parts)]),
             start_char_T=np.concatenate([np.empty(0, np.int32), *(part.start_char_T for part in parts)]),
             stop_char_T=np.concatenate([np.empty(0, np.int32), *(part.stop_char_T for part in parts)]),
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([[], *lengths]), dtype=np.int64)]),
+            unknown_id=parts[0].unknown_id if parts else None,
         )
 
 
@@ -140,6 +148,7 @@ class DocumentTokenizer:
             start_char_T=np.ascontiguousarray(spans_T2[:, 0]),
             stop_char_T=np.ascontiguousarray(spans_T2[:, 1]),
             offsets=offsets,
+            unknown_id=self._unknown_id,
         )
 
     def _tokenize_call(self, texts: Sequence[str]) -> Iterator[tuple[Int32, Int32]]:

@@ -111,7 +111,11 @@ def prepare_shard(
             writer.reject(block.rejected)
             with stopwatch.time("write"):
                 writer.write(_tokens_table(block))
-            counts += Counts(num_documents=len(block.documents), num_tokens=len(block.tokens.input_ids_T))
+            counts += Counts(
+                num_documents=len(block.documents),
+                num_tokens=len(block.tokens.input_ids_T),
+                num_unknown_tokens=block.tokens.num_unknown,
+            )
     return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
 
 

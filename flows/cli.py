@@ -58,6 +58,7 @@ from flows.options import (
     PoolingStrategy,
     PublishEvery,
     Removed,
+    ScoreConfig,
     ScorePrecision,
     Selection,
     Split,
@@ -102,7 +103,7 @@ def score(
     corpus: Corpus,
     checkpoint: Checkpoint,
     output: Output,
-    config: Config = None,
+    config: ScoreConfig = None,
     id_column: IdColumn = None,
     text_column: TextColumn = None,
     split_column: SplitColumn = None,
@@ -138,7 +139,7 @@ def score(
     """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec = _score_specs(options)
+        columns, spec, drift = _score_specs(options)
         if dry_run:
             with _running():
                 from flows.preview import preview  # noqa: PLC0415 - after the environment is set
@@ -151,12 +152,15 @@ def score(
         with _running():
             from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest = flow(corpus, checkpoint, output, columns, spec, storage_block)
+            manifest = flow(corpus, checkpoint, output, columns, spec, storage_block, drift=drift)
             from belt_tasks import run_list, summaries  # noqa: PLC0415 - imports torch
+            from belt_tasks.publishing import RunRef  # noqa: PLC0415 - imports torch
+            from belt_tasks.report import read_report  # noqa: PLC0415 - imports torch
 
             steps = run_list.earlier_steps(manifest)
+            report = read_report(RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"]))
 
-    _print(summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=steps))
+    _print(summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=steps, report=report))
 
 
 @app.command()
@@ -164,7 +168,7 @@ def evaluate(
     corpus: Corpus,
     checkpoint: Checkpoint,
     output: Output,
-    config: Config = None,
+    config: ScoreConfig = None,
     id_column: IdColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
@@ -197,11 +201,11 @@ def evaluate(
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec = _score_specs(options)
+        columns, spec, drift = _score_specs(options)
         with _running():
             from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest, receipt = flow(corpus, checkpoint, output, columns, spec, storage_block)
+            manifest, receipt = flow(corpus, checkpoint, output, columns, spec, storage_block, drift=drift)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
@@ -370,6 +374,21 @@ def check(output: Annotated[str, typer.Argument(help="Output of `belt score`; an
 
 
 @app.command()
+def report(
+    output: Annotated[str, typer.Argument(help="Output of `belt score`; any fsspec URL.")],
+    run: Annotated[
+        str | None, typer.Option(help="The run to report; without it the one that is shown.", metavar="<str>")
+    ] = None,
+) -> None:
+    """Write the report of a run of OUTPUT again, and say where it is: statistics, drift, data quality, cost."""
+    with _user_errors():
+        from belt_tasks import report as reports  # noqa: PLC0415 - imports torch
+        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+
+        _print(summaries.report_summary(reports.report_again(output, run)))
+
+
+@app.command()
 def rollback(
     output: Annotated[str, typer.Argument(help="Output of `belt score`; any fsspec URL.")],
     run: Annotated[
@@ -433,10 +452,11 @@ def main() -> None:
         sys.exit(1)
 
 
-def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec]:
+def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec, specs.DriftSpec]:
     """Specs for scoring; single window or pooling options change the checkpoint's, not the built-in defaults."""
-    sections = read_config(options["config"], sections=("corpus", "spec"))
+    sections = read_config(options["config"], sections=("corpus", "spec", "drift"))
     columns = build(specs.CorpusSpec, options, sections, section="corpus")
+    drift = build(specs.DriftSpec, {}, sections, section="drift")
     if options["storage_block"] is not None:
         with local_server():
             from flows.storage_block import use_storage_block  # noqa: PLC0415 - after the environment is set
@@ -446,7 +466,7 @@ def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.Score
 
     card = checkpoint.read_card(checkpoint.resolve(options["checkpoint"]))
     base = {} if card is None else {"chunks": card.chunks.model_dump(), "pooling": card.pooling.model_dump()}
-    return columns, build(specs.ScoreSpec, options, sections, section="spec", base=base)
+    return columns, build(specs.ScoreSpec, options, sections, section="spec", base=base), drift
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 from belt_tasks import summaries
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.publishing import Manifest
-from belt_tasks.specs import CorpusSpec, ScoreSpec
+from belt_tasks.specs import CorpusSpec, DriftSpec, ScoreSpec
 from flows import tasks
 from flows.attempt import Seconds, attempt
 from flows.score import score
@@ -23,12 +23,13 @@ def evaluate(
     spec: ScoreSpec = ScoreSpec(),
     storage_block: str | None = None,
     time_limit_s: Seconds | None = None,
+    drift: DriftSpec = DriftSpec(),
 ) -> tuple[Manifest, EvaluationReceipt]:
     """Measure how good a checkpoint is on a labelled corpus; parameters are those of `score`."""
     with attempt(storage_block, time_limit_s):
         asked_at = datetime.now(UTC)
         plan = tasks.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
-        manifest = score(corpus_uri, checkpoint_uri, output_uri, corpus, spec, storage_block)
+        manifest = score(corpus_uri, checkpoint_uri, output_uri, corpus, spec, storage_block, drift=drift)
         receipt = tasks.evaluate_run(plan, corpus, manifest)
         create_markdown_artifact(
             summaries.run_summary(manifest, asked_at=asked_at) + "\n" + summaries.evaluation_summary(receipt),

@@ -67,6 +67,10 @@ Encoder = Annotated[str, typer.Option(help="Local directory or Hugging Face name
 Config = Annotated[
     Path | None, typer.Option(help="YAML file with the flow's specs, in sections corpus and spec; options override it.")
 ]
+ScoreConfig = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with the flow's specs, in sections corpus, spec and drift; options override it."),
+]
 ChunkConfig = Annotated[
     Path | None,
     typer.Option(help="YAML file with the flow's specs, in sections corpus and chunks; options override it."),
@@ -131,8 +135,9 @@ def read_config(path: Path | None, *, sections: tuple[str, ...]) -> dict[str, di
         raise WrongUsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     content = {} if content is None else content
     if not isinstance(content, dict) or not set(content) <= set(sections):
+        allowed = f"{', '.join(sections[:-1])} and {sections[-1]}"
         given = ", ".join(map(str, content)) if isinstance(content, dict) else repr(content)
-        raise WrongUsageError(f"--config {path}: its sections must be {' and '.join(sections)}, got {given}")
+        raise WrongUsageError(f"--config {path}: its sections must be {allowed}, got {given}")
     for name, section in content.items():
         if not isinstance(section, dict | None):
             raise WrongUsageError(f"--config {path}: section {name} must hold `field: value` pairs, got {section!r}")

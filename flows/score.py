@@ -7,8 +7,8 @@ from prefect.artifacts import create_markdown_artifact
 
 from belt_tasks import run_list, summaries
 from belt_tasks.publishing import Manifest
-from belt_tasks.specs import CorpusSpec, ScoreSpec
-from flows import tasks
+from belt_tasks.specs import CorpusSpec, DriftSpec, ScoreSpec
+from flows import events, tasks
 from flows.attempt import Seconds, attempt
 
 
@@ -21,6 +21,7 @@ def score(
     spec: ScoreSpec = ScoreSpec(),
     storage_block: str | None = None,
     time_limit_s: Seconds | None = None,
+    drift: DriftSpec = DriftSpec(),
 ) -> Manifest:
     """Score what is new or changed in a corpus and publish it; killed and started again, it goes on where it was.
 
@@ -32,6 +33,7 @@ def score(
         spec: how to score; what it leaves out is the checkpoint's own.
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
         time_limit_s: seconds after which it ends, to be taken up again by the next attempt; None is no limit.
+        drift: how far the run may be from the first whole scoring by the same rules before an event tells of it.
     """
     with attempt(storage_block, time_limit_s):
         asked_at = datetime.now(UTC)
@@ -54,10 +56,13 @@ def score(
                 )
                 manifest = tasks.complete_scoring(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)
             tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
+            report = tasks.score_report(plan.run, manifest, drift, announce=events.announce_drift)
             if plan.is_last:
                 break
         if spec.export:
             tasks.export_predictions(plan.run.output_uri)
-        told = summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=run_list.earlier_steps(manifest))
+        told = summaries.run_summary(
+            manifest, asked_at=asked_at, earlier_steps=run_list.earlier_steps(manifest), report=report
+        )
         create_markdown_artifact(told, key="score-summary")
         return manifest

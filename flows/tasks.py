@@ -27,6 +27,7 @@ from belt_tasks import (
     preview,
     progress,
     publishing,
+    report,
     score_corpus,
     score_planning,
     score_tables,
@@ -85,6 +86,7 @@ republish_fine_tuning = bind(fine_tuning.republish)
 publish = bind(publishing.publish)
 complete_scoring = bind(score_corpus.complete)
 publish_tables = bind(score_tables.publish_tables)
+score_report = bind(report.score_report)
 export_predictions = bind(export.export_predictions)
 
 clean_up = bind(clean.clean_up)

@@ -213,8 +213,8 @@ def tiny_encoder(tiny_encoders) -> Path:
     return tiny_encoders("bert")
 
 
-def save_tiny_checkpoint(folder: Path, tiny_encoder: Path, labels: tuple[str, ...]) -> str:
-    """A checkpoint with a random head: one class a label, chunks of 30 tokens; returns its path."""
+def save_tiny_checkpoint(folder: Path, tiny_encoder: Path, labels: tuple[str, ...], *, task: str = "multiclass") -> str:
+    """A checkpoint with a random head: one logit a label, chunks of 30 tokens; returns its path."""
     from belt_tasks import checkpoint, encoder
     from belt_tasks.specs import ChunkSpec, Head, PoolingSpec
 
@@ -223,7 +223,7 @@ def save_tiny_checkpoint(folder: Path, tiny_encoder: Path, labels: tuple[str, ..
         encoder.ChunkModel(encoder.load_body(tiny_encoder), num_logits=len(labels), pooling=PoolingSpec()),
         str(folder),
         tokenizer_source=str(tiny_encoder),
-        head=Head(task="multiclass", labels=labels),
+        head=Head(task=task, labels=labels),
         chunks=ChunkSpec(chunk_size=30, stride=30),
         pooling=PoolingSpec(),
         data_fingerprint="0" * 64,

@@ -1,7 +1,7 @@
 """What the lake costs: a whole run beside the model's work alone, and the publishing of many predictions.
 
 Both write to a real S3 server on this machine. The two ways of scoring take turns, so that what else the machine does
-meets both; predictions that are published were not scored, only made up.
+meets both; predictions that are published and reported were not scored, only made up.
 
     python -m tests.benchmarks.lake [--documents 600] [--rounds 5] [--predictions 1000000]
 """
@@ -10,6 +10,8 @@ import argparse
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -38,7 +40,7 @@ SPEC = ScoreSpec(device="cpu")
 
 
 def main() -> None:
-    """Measure and print two tables."""
+    """Measure and print three tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
@@ -50,6 +52,8 @@ def main() -> None:
         print(overhead_table(work, num_documents=options.documents, num_rounds=options.rounds))
         print()
         print(publishing_table(options.predictions))
+        print()
+        print(report_table(options.predictions))
 
 
 @contextmanager
@@ -109,16 +113,47 @@ def publishing_table(num_predictions: int) -> str:
     return "\n".join(lines)
 
 
-def make_up(run: RunRef, number: int) -> Manifest:
-    """A complete run with predictions of no document."""
+def report_table(num_predictions: int) -> str:
+    """Seconds and memory of counting, comparing and reporting that many predictions, and a tenth of them."""
+    lines = ["| predictions | reported in | of cores | peak RSS, MiB |", "| ---: | ---: | ---: | ---: |"]
+    for number in (num_predictions // 10, num_predictions):
+        run = RunRef(output_uri=f"s3://{BUCKET}/reported-{number}", run_id=uuid.uuid4().hex[:16])
+        manifest = make_up(run, number, with_evidence=True)
+        command = [sys.executable, "-c", REPORT, run.model_dump_json(), manifest.model_dump_json()]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        seconds, cpu_s, peak = map(float, told.split())
+        lines.append(f"| {number:,} | {seconds:.1f} s | {cpu_s:.1f} s | {peak:,.0f} |")
+    return "\n".join(lines)
+
+
+REPORT = """
+import resource, sys, time
+from belt_tasks.publishing import Manifest, RunRef
+from belt_tasks.report import score_report
+run, manifest = RunRef.model_validate_json(sys.argv[1]), Manifest.model_validate_json(sys.argv[2])
+started, started_cpu = time.perf_counter(), time.process_time()
+score_report(run, manifest)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(time.perf_counter() - started, time.process_time() - started_cpu, peak)
+"""
+
+
+def make_up(run: RunRef, number: int, *, with_evidence: bool = False) -> Manifest:
+    """A complete run with predictions of no document, each with three chunks of evidence perhaps."""
     receipts, schema = [], data_contracts.arrow_schema("predictions")
     for first in range(0, number, SHARD_ROWS):
         rows = predictions(run, first, min(SHARD_ROWS, number - first))
         path = run.path_of("predictions", f"{first:016x}")
         sorted_files.put_sorted(storage.join(run.output_uri, path), rows.cast(schema), by=["doc_id"])
-        file = FileReceipt(table="predictions", path=path, num_rows=len(rows))
-        receipts.append(ShardReceipt(shard_key=f"{first:016x}", files=(file,), counts=Counts(num_documents=len(rows))))
+        files = [FileReceipt(table="predictions", path=path, num_rows=len(rows))]
+        if with_evidence:
+            path, shown = run.path_of("evidence", f"{first:016x}"), evidence(rows)
+            sorted_files.put_sorted(storage.join(run.output_uri, path), shown, by=["doc_id", "rank"])
+            files.append(FileReceipt(table="evidence", path=path, num_rows=len(shown)))
+        counts = Counts(num_documents=len(rows), num_tokens=200 * len(rows))
+        receipts.append(ShardReceipt(shard_key=f"{first:016x}", files=tuple(files), counts=counts))
     row = {"flow": "score", "corpus_uri": "made up", "spec": SPEC.model_dump_json()}
+    row |= {"scoring_fingerprint": "0" * 16, "checkpoint_digest": "0" * 64}
     change = TableChange(base_run_id=None, replaces_all=True)
     return complete(run, receipts, row=row, labels=LABELS, started_at=datetime.now(UTC), change=change)
 
@@ -155,6 +190,27 @@ def predictions(run: RunRef, first: int, number: int) -> pa.Table:
         pa.array(columns[field.name], field.type)
         if field.name in columns
         else pa.repeat(pa.scalar(same[field.name], field.type), number)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def evidence(rows: pa.Table) -> pa.Table:
+    """Three chunks of each prediction."""
+    number = len(rows)
+    schema = data_contracts.arrow_schema("evidence")
+    same = {"label": "a", "text": None, "score": 0.5, "start_token": 0, "stop_token": 100, "start_char": 0}
+    columns = {
+        "doc_id": rows["doc_id"].take(np.repeat(np.arange(number), 3)),
+        "rank": np.tile([1, 2, 3], number).astype(np.int32),
+        "chunk_index": np.tile([0, 1, 2], number).astype(np.int32),
+        "contribution": np.random.default_rng(number).random(3 * number),
+        "run_id": rows["run_id"].take(np.repeat(np.arange(number), 3)),
+    }
+    arrays = [
+        columns[field.name]
+        if field.name in columns
+        else pa.repeat(pa.scalar(same.get(field.name, 1_000), field.type), 3 * number)
         for field in schema
     ]
     return pa.Table.from_arrays(arrays, schema=schema)

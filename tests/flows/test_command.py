@@ -59,6 +59,7 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     assert (code, said) == (0, "")
     assert f"- output: `{tmp_path / 'scored'}`" in scored
     assert "nothing was scored" not in scored
+    assert "This run is what later ones are compared with." in scored
     assert spec_of(tmp_path / "scored").chunks == ChunkSpec(chunk_size=30, stride=10)
     assert spec_of(tmp_path / "scored").pooling == PoolingSpec(pooling_strategy="max")
 
@@ -77,6 +78,16 @@ def test_fine_tune_evaluate_score(labelled_corpus, tiny_encoder, tmp_path):
     code, listed, _ = belt("runs", tmp_path / "scored")
     assert code == 0
     assert f"| {before} | shown | score |" in listed
+    page = tmp_path / "scored" / "runs" / before / "report" / "index.html"
+    where = f"- report: `{page}` ([open](file://{page}))"
+    assert where in again
+    page.unlink()
+    code, reported, _ = belt("report", tmp_path / "scored")  # of the one that is shown
+    assert code == 0
+    assert where in reported.splitlines()
+    assert page.is_file()
+    code, _, said = belt("report", tmp_path / "scored", "--run", "other")
+    assert (code, "run must be a complete one" in said) == (1, True)
     code, cleaned, _ = belt("runs", "clean", tmp_path / "scored", "--older-than", 0, "--dry-run")
     assert code == 0
     assert cleaned.startswith("Would remove ")

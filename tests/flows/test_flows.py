@@ -137,7 +137,7 @@ def test_score(fine_tuned, client, labelled_corpus, tmp_path):
         client,
         state,
         verb="score",
-        others={"plan_scoring", "complete", "publish_tables"},
+        others={"plan_scoring", "complete", "publish_tables", "score_report"},
         corpus_uri=labelled_corpus,
     )
     assert manifest == score_tables.shown(output).manifest

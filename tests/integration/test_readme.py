@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from belt_tasks.demo_corpus import DemoCorpusSpec
-from belt_tasks.specs import ChunkSpec, TrainSpec
+from belt_tasks.specs import ChunkSpec, DriftSpec, TrainSpec
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,8 +92,7 @@ def test_every_command_runs(after_demo):
 
 
 def test_the_config_file_is_accepted(after_demo):
-    [config] = blocks("yaml")
-    (after_demo / "config.yaml").write_text(config, encoding="utf-8")
+    (after_demo / "config.yaml").write_text("".join(blocks("yaml")), encoding="utf-8")  # sections of one file
     command = ".venv/bin/belt score .belt/demo/corpus --checkpoint .belt/demo/model --output .belt/configured"
 
     assert "## score" in run(["bash", "-c", f"{command} --config config.yaml"], after_demo)
@@ -107,6 +106,8 @@ def test_every_command_and_parameter_is_mentioned():
         assert f"belt {name}" in README
     for parameter in ChunkSpec.model_fields.keys() - {"seed"}:
         assert f"`{parameter}`" in README
+    for limit in DriftSpec.model_fields:
+        assert f"{limit}: " in README
 
 
 def test_the_worked_example_is_right():

@@ -190,6 +190,16 @@ def test_rejected_rows_have_a_contract_too(run):
         writer.reject(rejected("no such reason"))
 
 
+@pytest.mark.parametrize(("parts", "whole"), [((), 0), ((3,), 3), ((3, 0, 4), 7), ((3, None), None), ((None,), None)])
+def test_unknown_tokens_of_a_run_are_known_where_those_of_each_shard_are(run, parts, whole):
+    counts = [Counts(num_tokens=9, num_unknown_tokens=part) for part in parts]
+    receipts = [ShardReceipt(shard_key=f"k{i}", files=(), counts=each) for i, each in enumerate(counts)]
+
+    assert (
+        publishing.publish(run, receipts, row=ROW, labels=(), started_at=STARTED_AT).run["num_unknown_tokens"] == whole
+    )
+
+
 def test_a_finished_shard_is_found_again(run):
     assert publishing.finished_shard(run, shard("k1")) is None
 

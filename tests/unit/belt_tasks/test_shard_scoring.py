@@ -191,6 +191,16 @@ def test_a_run_encodes_each_different_text_once(tmp_path, tiny_checkpoint, watch
 
 
 @pytest.mark.usefixtures("many_blocks")
+def test_unknown_tokens_are_counted_of_every_document(tmp_path, tiny_checkpoint):
+    texts = ["\N{SNOWMAN} fox", "fox", "\N{SNOWMAN} fox", "", "\N{SNOWMAN} \u6f22"]
+    shards, run = write(tmp_path / "corpus", texts, num_files=2), new_run(tmp_path)
+
+    counts = total(score(shards, run, tiny_checkpoint))
+
+    assert (counts.num_documents_reused, counts.num_unknown_tokens) == (1, 4)
+
+
+@pytest.mark.usefixtures("many_blocks")
 def test_documents_with_the_same_text_have_the_same_scores_to_the_bit(tmp_path, tiny_checkpoint):
     shards, run = write(tmp_path / "corpus", [TEXTS[i] for i in REPEATED], num_files=3), new_run(tmp_path)
 

@@ -1,13 +1,16 @@
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import pytest
 
 from belt_tasks import summaries
+from belt_tasks.drift import DriftReport, Measure
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import Epoch, FineTuningReceipt
-from belt_tasks.publishing import Manifest
+from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.receipts import FileReceipt
-from belt_tasks.specs import ChunkSpec, ScoreSpec
+from belt_tasks.report import ScoreReport
+from belt_tasks.specs import ChunkSpec, DriftSpec, ScoreSpec
 
 ASKED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -76,12 +79,83 @@ def test_run_summary():
         "| encode | 50.0 s | 21,000 |",
         "",
         "- output: `s3://bucket/out`",
+        "- run: `s3://bucket/out/runs/0123456789abcdef` ([open](s3://bucket/out/runs/0123456789abcdef))",
         "- manifest: `s3://bucket/out/runs/0123456789abcdef/manifest.json`",
-        "- predictions: `s3://bucket/out/tables/predictions` (Delta Lake)",
-        "- evidence: `s3://bucket/out/tables/evidence` (Delta Lake)",
-        "- rejected: `s3://bucket/out/tables/rejected` (Delta Lake)",
-        "- runs: `s3://bucket/out/tables/runs` (Delta Lake)",
+        "- predictions: `s3://bucket/out/tables/predictions` ([open](s3://bucket/out/tables/predictions)) (Delta Lake)",
+        "- evidence: `s3://bucket/out/tables/evidence` ([open](s3://bucket/out/tables/evidence)) (Delta Lake)",
+        "- rejected: `s3://bucket/out/tables/rejected` ([open](s3://bucket/out/tables/rejected)) (Delta Lake)",
+        "- runs: `s3://bucket/out/tables/runs` ([open](s3://bucket/out/tables/runs)) (Delta Lake)",
     ]
+
+
+def report(output: str, **changes) -> ScoreReport:
+    folder = f"{output}/runs/0123456789abcdef"
+    values = {
+        "run": RunRef(output_uri=output, run_id="0123456789abcdef"),
+        "report_uri": f"{folder}/report/index.html",
+        "quality_uri": f"{folder}/report/rejected.html",
+        "statistics_uri": f"{folder}/statistics.json",
+        "checkpoint_digest": "c",
+        "scoring_fingerprint": "f",
+        "data_version": "d",
+        "is_reference": True,
+        "drift": None,
+        "spec": DriftSpec(),
+    }
+    return ScoreReport(**values | changes)
+
+
+def test_a_summary_leads_to_the_report_and_says_whether_there_is_drift():
+    shown = summaries.run_summary(manifest(), asked_at=ASKED_AT, report=report("s3://bucket/out")).splitlines()
+
+    where = shown.index("- output: `s3://bucket/out`")
+    folder = "s3://bucket/out/runs/0123456789abcdef"
+    assert shown[where - 2 : where + 5] == [
+        "This run is what later ones are compared with.",
+        "",
+        "- output: `s3://bucket/out`",
+        f"- report: `{folder}/report/index.html` ([open]({folder}/report/index.html))",
+        f"- data quality: `{folder}/report/rejected.html` ([open]({folder}/report/rejected.html))",
+        f"- statistics: `{folder}/statistics.json`",
+        f"- run: `{folder}` ([open]({folder}))",
+    ]
+
+
+def test_a_link_to_a_file_is_one_whatever_the_folder_is_called():
+    told = summaries.report_summary(report("/data/a (b) c%"))
+
+    folder = "/data/a (b) c%/runs/0123456789abcdef/report/index.html"
+    assert f"- report: `{folder}` ([open](file://{quote(folder)}))" in told
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"verdict": "none"}, "No drift."),
+        (
+            {"verdict": "too_few_documents"},
+            "No verdict on drift: fewer than 200 documents (7 here, 5,000 in the reference).",
+        ),
+        (
+            {
+                "verdict": "drifted",
+                "measures": (
+                    Measure(quantity="scores", statistic="psi", value=0.3, limit=0.2, passed=False),
+                    Measure(quantity="scores", statistic="ks", value=0.01, limit=0.1, passed=True),
+                    Measure(quantity="lengths", statistic="psi", value=2.5, limit=0.2, passed=False),
+                    Measure(quantity="lengths", statistic="ks", value=0.5, limit=0.1, passed=False),
+                ),
+            },
+            "Drift: scores (PSI 0.30), document lengths (PSI 2.50, KS 0.50).",
+        ),
+    ],
+)
+def test_drift_is_told_in_a_line(found, words):
+    drift = {"measures": (), "num_documents": 7, "num_documents_reference": 5_000, "reference_run_ids": ("r",)} | found
+    told = report("/out", drift=DriftReport(**drift, spec=DriftSpec()), is_reference=False)
+
+    assert words in summaries.report_summary(told).splitlines()
+    assert told.has_drifted == (found["verdict"] == "drifted")
 
 
 def test_the_cost_of_a_run_is_told_where_it_is_known():

@@ -64,6 +64,30 @@ def test_a_text_cannot_reach_special_pieces_of_a_unigram_vocabulary(tmp_path):
     assert not {0, 1, 2, 4} & set(found.input_ids_T.tolist())
 
 
+STRANGE = ["the fox \N{SNOWMAN}\N{SNOWMAN} x", "\u6f22\u5b57 fox", "", "fox"]
+
+
+@pytest.mark.parametrize("family", EXPECTED_SPECIAL)
+def test_unknown_tokens_are_those_that_transformers_has(tiny_encoders, family):
+    reference = AutoTokenizer.from_pretrained(tiny_encoders(family))
+
+    found = load_tokenizer(tiny_encoders(family)).tokenize(STRANGE)
+
+    ids = [token for ids in reference(STRANGE, add_special_tokens=False)["input_ids"] for token in ids]
+    assert found.num_unknown == ids.count(reference.unk_token_id)
+    assert (found.num_unknown > 0) == (family in ("bert", "distilbert"))  # others spell every text in bytes
+    assert Tokens.concatenate([found, found]).num_unknown == 2 * found.num_unknown
+
+
+def test_a_tokenizer_without_an_unknown_token_counts_none():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer(["<s>", "</s>"], ("<s>", "</s>")))
+
+    found = DocumentTokenizer.from_transformers(tokenizer, pad_id=1, source="without").tokenize(STRANGE)
+
+    assert found.num_unknown is None
+    assert Tokens.concatenate([found, found]).num_unknown is None
+
+
 def long_texts():
     """Runs of words, spaces, punctuation and letters without any space, joined in any order."""
     run = st.one_of(

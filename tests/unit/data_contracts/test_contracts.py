@@ -329,7 +329,9 @@ EXPECTED: dict[str, dict[str, pa.DataType]] = {
         "num_shards": pa.int32(),
         "base_run_id?": pa.string(),
         **{f"num_{what}?": pa.int64() for what in ("new", "changed", "unchanged", "removed")},
-        **{f"num_{what}": pa.int64() for what in ("documents", "rejected", "chunks", "tokens", "tokens_scored")},
+        **{f"num_{what}": pa.int64() for what in ("documents", "rejected", "chunks", "tokens")},
+        "num_unknown_tokens?": pa.int64(),
+        "num_tokens_scored": pa.int64(),
         "num_documents_reused": pa.int64(),
         **{f"{what}_s": pa.float64() for what in ("elapsed", "read", "tokenize", "encode", "write")},
         **{f"{what}?": pa.float64() for what in ("tokens_per_s", "padding_share", "redundant_chunk_share")},
@@ -620,6 +622,11 @@ BROKEN_ROWS: list[tuple[str, dict[str, dict[int, Any]], str]] = [
         "runs",
         {"num_tokens": {3: 0}, "num_tokens_scored": {3: 1}},
         "1 row breaks scored_within_documents: num_tokens_scored <= num_tokens (row 3)",
+    ),
+    (
+        "runs",
+        {"num_tokens": {3: 1}, "num_tokens_scored": {3: 1}, "num_unknown_tokens": {2: None, 3: 2}},
+        "1 row breaks unknown_within_documents: num_unknown_tokens IS NULL OR num_unknown_tokens <= num_tokens (row 3)",
     ),
 ]
 

@@ -40,7 +40,26 @@ def options_of(command: str) -> set[str]:
 
 
 def test_commands():
-    assert set(COMMANDS) == {"score", "fine-tune", "evaluate", "demo", "windows", "chunk", "runs", "rollback"}
+    assert set(COMMANDS) == {"score", "fine-tune", "evaluate", "demo", "windows", "chunk", "runs", "report", "rollback"}
+
+
+def test_a_config_file_of_a_scoring_has_a_section_on_drift(tmp_path):
+    (tmp_path / "c.yaml").write_text("drift: {max_psi: 0}")
+
+    code, _, said = belt("score", "corpus", "--checkpoint", "c", "--output", "o", "--config", tmp_path / "c.yaml")
+
+    assert code == 2
+    assert "--config, drift.max_psi: input should be greater than 0, got 0" in said
+    (tmp_path / "c.yaml").write_text("limits: {}")
+    _, _, said = belt("evaluate", "corpus", "--checkpoint", "c", "--output", "o", "--config", tmp_path / "c.yaml")
+    assert "its sections must be corpus, spec and drift, got limits" in said
+
+
+def test_a_report_of_what_is_not_there_is_a_plain_error(tmp_path):
+    code, _, said = belt("report", tmp_path)
+
+    assert code == 1
+    assert f"{tmp_path}: nothing was published there by `belt score`" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
