@@ -285,9 +285,17 @@ def _remove(uri: str) -> None:
         filesystem.rm_file(path)
 
 
-def put_directory(local: Path, uri: str, *, last: str) -> None:
-    """Copy a local directory; the file named `last` goes last, so that its presence means that all is there."""
-    files = sorted(path for path in local.rglob("*") if path.is_file())
+def put_directory(local: Path, uri: str, *, last: str, names: Sequence[str] | None = None) -> None:
+    """Copy a local directory; the file named `last` goes last, so that its presence means that all is there.
+
+    Args:
+        local: the directory.
+        uri: where to.
+        last: the file that goes last, if there is one of that name.
+        names: of the files to copy; None is all of them, with those of folders.
+    """
+    chosen = local.rglob("*") if names is None else (local / name for name in names)
+    files = sorted(path for path in chosen if path.is_file())
     files.sort(key=lambda path: path.relative_to(local).as_posix() == last)
     for path in files:
         write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())

@@ -35,6 +35,7 @@ def test_stages_that_do_not_compute_need_no_torch():
         "progress",
         "publishing",
         "receipts",
+        "registry",
         "specs",
         "storage",
         "windows",
