@@ -138,7 +138,7 @@ def score(
     """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec = _score_specs(options)
+        columns, spec, checkpoint = _score_specs(options)
         if dry_run:
             with _running():
                 from flows.preview import preview  # noqa: PLC0415 - after the environment is set
@@ -197,7 +197,7 @@ def evaluate(
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec = _score_specs(options)
+        columns, spec, checkpoint = _score_specs(options)
         with _running():
             from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
 
@@ -413,8 +413,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec]:
-    """Specs for scoring; single window or pooling options change the checkpoint's, not the built-in defaults."""
+def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec, str]:
+    """Specs for scoring, and the checkpoint; window or pooling options change its own, not the built-in defaults."""
     sections = read_config(options["config"], sections=("corpus", "spec"))
     columns = build(specs.CorpusSpec, options, sections, section="corpus")
     if options["storage_block"] is not None:
@@ -424,9 +424,10 @@ def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.Score
             use_storage_block(options["storage_block"])
     from belt_tasks import checkpoint  # noqa: PLC0415 - imports torch
 
-    card = checkpoint.read_card(checkpoint.resolve(options["checkpoint"]))
+    checkpoint_uri = checkpoint.resolve(options["checkpoint"])
+    card = checkpoint.read_card(checkpoint_uri)
     base = {} if card is None else {"chunks": card.chunks.model_dump(), "pooling": card.pooling.model_dump()}
-    return columns, build(specs.ScoreSpec, options, sections, section="spec", base=base)
+    return columns, build(specs.ScoreSpec, options, sections, section="spec", base=base), checkpoint_uri
 
 
 @contextmanager

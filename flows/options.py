@@ -54,7 +54,9 @@ Corpus = Annotated[str, typer.Argument(help="A Parquet file, a directory of them
 Output = Annotated[str, typer.Option(help="Directory for the run and the published manifest; any fsspec URL.")]
 Checkpoint = Annotated[
     str,
-    typer.Option(help="Output of `belt fine-tune`, a checkpoint in it, or a finished Hugging Face classifier."),
+    typer.Option(
+        help="Output of `belt fine-tune`, a checkpoint in it, REGISTRY@ALIAS, or a finished Hugging Face classifier."
+    ),
 ]
 StorageBlock = Annotated[
     str | None,
