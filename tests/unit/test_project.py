@@ -30,6 +30,7 @@ def test_stages_that_do_not_compute_need_no_torch():
     modules = [
         "columns",
         "corpus",
+        "gate",
         "metrics",
         "plots",
         "progress",
