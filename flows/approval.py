@@ -2,7 +2,7 @@
 
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
 from belt_tasks import summaries
@@ -24,7 +24,7 @@ def check_can_wait() -> None:
     Raises:
         ConfigError: this flow run is not one of a deployment, or a part of another.
     """
-    if flow_run.get_deployment_id() is None or flow_run.get_parent_flow_run_id() is not None:
+    if deployment.get_id() is None or flow_run.get_parent_flow_run_id() is not None:
         raise ConfigError(
             "approval: to wait for a person a run must be one of a deployment and not a part of another run, since its "
             "process ends meanwhile; deploy the flow, or choose approval 'gate'"

@@ -1,16 +1,14 @@
 """What every flow run has in common: where the stores are, how long it may take, and how often it may start again.
 
 A run whose process was killed may be scheduled again, by a person or an automation, and goes on where it was. One that
-brings its process down every time is not worth another attempt, so attempts are counted here; one that was suspended to
-wait for a person ended in order.
+brings its process down every time is not worth another attempt, so attempts are counted here. Prefect does not count
+those that go on after the run was suspended to wait for a person.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
-from uuid import UUID
 
-from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from pydantic import Field
 
@@ -35,8 +33,6 @@ def attempt(storage_block: str | None = None, time_limit_s: float | None = None)
         DeadlineError: the time is over; raised by a stage's next report.
     """
     number = flow_run.get_run_count()
-    if number > MOST_ATTEMPTS:  # hardly ever, so that the server is not asked in vain
-        number -= _num_suspensions()
     if number > MOST_ATTEMPTS:
         raise ConfigError(
             f"this run was started {number - 1} times and did not end in order; find out why (memory is the usual "
@@ -45,9 +41,3 @@ def attempt(storage_block: str | None = None, time_limit_s: float | None = None)
     use_storage_block(storage_block)
     with progress.deadline(time_limit_s):
         yield
-
-
-def _num_suspensions() -> int:
-    with get_client(sync_client=True) as client:
-        states = client.read_flow_run_states(UUID(flow_run.get_id()))
-    return sum(state.name == "Suspended" for state in states)
