@@ -246,7 +246,7 @@ def promotion_summary(promotion: Promotion) -> str:
     """What became of a challenger."""
     words = {
         "promoted": "is the champion now",
-        "held": "stays the challenger: no gain is shown",
+        "held": "stays the challenger: not every check passed",
         "rejected": "is rejected; the champion stays",
         "declined": "was declined; the champion stays",
         "champion already": "is the champion already, so nothing was measured",

@@ -74,6 +74,16 @@ ChunkConfig = Annotated[
     typer.Option(help="YAML file with the flow's specs, in sections corpus and chunks; options override it."),
 ]
 
+GateConfig = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with the flow's specs, in sections corpus, spec and gate; options override it."),
+]
+Registry = Annotated[str, typer.Option(help="Directory of the registry of models; any fsspec URL.")]
+Who = Annotated[
+    str | None,
+    typer.Option(help="Whom the history names; without it BELT_USER, or the system's user.", metavar="<str>"),
+]
+
 IdColumn = Annotated[str | None, option(specs.CorpusSpec, "id_column")]
 TextColumn = Annotated[str | None, option(specs.CorpusSpec, "text_column")]
 LabelColumn = Annotated[str | None, option(specs.CorpusSpec, "label_column")]
@@ -102,6 +112,18 @@ Export = Annotated[bool | None, option(specs.ScoreSpec, "export")]
 Full = Annotated[bool | None, option(specs.ScoreSpec, "full")]
 Removed = Annotated[str | None, option(specs.ScoreSpec, "removed")]
 PublishEvery = Annotated[str | None, option(specs.ScoreSpec, "publish_every")]
+
+GateMetric = Annotated[str | None, option(specs.GateSpec, "metric", default="the task's main one")]
+MinGain = Annotated[str | None, option(specs.GateSpec, "min_gain")]
+Confidence = Annotated[str | None, option(specs.GateSpec, "confidence")]
+NumResamples = Annotated[str | None, option(specs.GateSpec, "num_resamples")]
+ResamplingSeed = Annotated[str | None, option(specs.GateSpec, "resampling_seed")]
+MinDocuments = Annotated[str | None, option(specs.GateSpec, "min_documents")]
+MinRecall = Annotated[str | None, option(specs.GateSpec, "min_recall")]
+MaxRecallDrop = Annotated[str | None, option(specs.GateSpec, "max_recall_drop")]
+MaxEce = Annotated[str | None, option(specs.GateSpec, "max_ece")]
+MaxEceIncrease = Annotated[str | None, option(specs.GateSpec, "max_ece_increase")]
+MaxSlowdown = Annotated[str | None, option(specs.GateSpec, "max_slowdown")]
 
 # scoring takes from the checkpoint what is left out
 OWN = "the checkpoint's"

@@ -9,12 +9,13 @@ import polars as pl
 import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ParameterTypeError
+from typer.testing import CliRunner
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import promotion, registry, scoring, storage
+from belt_tasks import promotion, registry, score_tables, scoring, storage
 from belt_tasks.errors import ConfigError, ConflictError, TransientError
 from belt_tasks.specs import ChunkSpec, CorpusSpec, GateSpec, ScoreSpec, TrainSpec
-from flows import tasks
+from flows import cli, tasks
 from flows.fine_tune import fine_tune
 from flows.promote import promote
 from tests.conftest import labelled_rows
@@ -257,3 +258,40 @@ def test_other_labels_are_no_comparison(run, tiny_checkpoint, held_out, models_u
 
     with pytest.raises(ConfigError, match=re.escape("nothing to evaluate")):  # ham, other and spam
         promote(tiny_checkpoint, models_uri, held_out, str(tmp_path / "out"), CorpusSpec(), SPEC, GATE)
+
+
+def test_the_command_line_promotes_lists_and_goes_back(models, held_out, models_uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("BELT_USER", "ann")
+    config = tmp_path / "c.yaml"
+    config.write_text("gate: {num_resamples: 200, min_documents: 61}\nspec: {device: cpu}\n")
+    poor, good = digest(models["poor"]), digest(models["good"])
+
+    def belt(*arguments):
+        result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        return result.exit_code, result.stdout, result.stderr
+
+    def promoted(name, *more):
+        paths = ["--challenger", models[name], "--registry", models_uri, "--output", tmp_path / "out"]
+        return belt("promote", held_out, *paths, "--config", config, *more)
+
+    code, shown, said = promoted("poor")
+    assert (code, said) == (0, "")
+    assert shown.startswith(f"{poor} stays the challenger: not every check passed.\n")
+    assert "| documents | 60 | 61 | **not passed** |" in shown
+    for name in ("poor", "good"):
+        code, shown, said = promoted(name, "--min-documents", 40)
+        assert (code, said) == (0, "")
+    assert f"{good} is the champion now.\n\n- champion is {good} instead of {poor} (entry 4, ann: gain in acc" in shown
+
+    code, listed, said = belt("models", models_uri)
+    assert (code, said) == (0, "")
+    assert f"| {good} | challenger, champion | multiclass (2) |" in listed
+    assert f"| 4 | champion | {poor[:12]} | {good[:12]} |" in listed
+
+    assert belt("score", held_out, "--checkpoint", f"{models_uri}@champion", "--output", tmp_path / "night")[0] == 0
+    assert belt("models", "rollback", models_uri, "--why", "slow", "--who", "bob") == (
+        0, f"champion is {poor} instead of {good} (entry 5, bob: slow).\n\n", ""
+    )  # fmt: skip
+    assert registry.find(models_uri, "champion").to_digest == poor
+    tables = score_tables.read_table(str(tmp_path / "night"), "predictions")
+    assert tables["checkpoint_digest"].unique().to_list() == [good]
