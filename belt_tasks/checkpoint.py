@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from belt_tasks import encoder, publishing, storage
+from belt_tasks import encoder, publishing, registry, storage
 from belt_tasks.engine import ChunkEncoder, build_encoder
 from belt_tasks.errors import ConfigError
 from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Precision, Spec
@@ -112,11 +112,16 @@ def save_checkpoint(
 
 
 def resolve(uri: str) -> str:
-    """The checkpoint directory itself, where `uri` is the output of a fine-tuning.
+    """The checkpoint directory itself, where `uri` is the output of a fine-tuning, or REGISTRY@ALIAS.
+
+    An alias may be elsewhere the next moment, so that whoever has resolved one goes on with the directory.
 
     Raises:
         ConfigError: there is no checkpoint.
     """
+    pinned = registry.pin(uri)
+    if pinned is not None:
+        return pinned
     if storage.exists(storage.join(uri, CARD_NAME)) or storage.exists(storage.join(uri, "config.json")):
         return uri
     if storage.exists(storage.join(uri, "published.json")):
@@ -126,6 +131,7 @@ def resolve(uri: str) -> str:
             return nested
     raise ConfigError(
         f"{uri}: no checkpoint there (looked for {CARD_NAME}, config.json, and the published.json of a fine-tuning)"
+        + registry.hint(uri)
     )
 
 
@@ -164,13 +170,9 @@ def load_checkpoint(uri: str) -> Checkpoint:
     """
     card = read_card(uri)
     with storage.local_directory(uri) as folder:
+        digest = whole_digest(folder, card, uri)
         if card is None:
-            return _finished(folder, uri, _digest(folder))
-        digest = _digest(folder, card.head, card.chunks, card.pooling)
-        if card.digest != digest:
-            raise ConfigError(
-                f"{uri}: damaged checkpoint: digest of its files is {digest}, {CARD_NAME} says {card.digest}"
-            )
+            return _finished(folder, uri, digest)
         model = encoder.ChunkModel(encoder.load_body(folder), num_logits=card.head.num_logits, pooling=card.pooling)
         missing, unexpected = model.head.load_state_dict(load_file(folder / HEAD_NAME), strict=False)
         if missing or unexpected:
@@ -230,6 +232,20 @@ class CheckpointCache:
 cache = CheckpointCache()
 
 
+def whole_digest(folder: Path, card: CheckpointCard | None, uri: str) -> str:
+    """The digest of a checkpoint's local files, which must be what its card, and its place in a registry, say.
+
+    Raises:
+        ConfigError: they are not those that were saved.
+    """
+    digest = _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling)
+    said = {CARD_NAME: None if card is None else card.digest, "its registry": registry.digest_of(uri)}
+    for who, expected in said.items():
+        if expected not in (None, digest):
+            raise ConfigError(f"{uri}: damaged checkpoint: digest of its files is {digest}, {who} says {expected}")
+    return digest
+
+
 def checkpoint_digest(uri: str) -> str:
     """The digest of a checkpoint, without loading the model."""
     card = read_card(uri)
@@ -237,8 +253,12 @@ def checkpoint_digest(uri: str) -> str:
         return _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling)
 
 
+def file_names(folder: Path) -> list[str]:
+    """The files that a checkpoint consists of; others that lie around belong to nobody."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
 def _digest(folder: Path, *card: Spec) -> str:
     """Over every file but the card, and over what the card says that decides scores and their names."""
-    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    files = storage.sha256_of_files(folder, [name for name in names if name != CARD_NAME])
+    files = storage.sha256_of_files(folder, [name for name in file_names(folder) if name != CARD_NAME])
     return hashlib.sha256("\n".join([files, *(spec.model_dump_json() for spec in card)]).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Evaluation: a run's predictions against the corpus's labels, as numbers and pictures."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,23 @@ class EvaluationReceipt(Spec):
     plot_uris: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledScores:
+    """Scores of the documents whose label is known."""
+
+    doc_ids: tuple[str, ...]
+    """Ascending."""
+    fingerprints: tuple[str, ...]
+    """Of each document's text."""
+    target: npt.NDArray[Any]
+    """Class positions [D], bools [D, L] or numbers [D]."""
+    scores_DL: npt.NDArray[np.float64]
+    threshold: float
+    """Of multilabel."""
+    rejected_by_reason: dict[str, int]
+    """Rows whose label could not be used."""
+
+
 def evaluate_run(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -> EvaluationReceipt:
     """Compare a run's predictions with the labels of the corpus that it scored, and write metrics and plots.
 
@@ -40,8 +58,33 @@ def evaluate_run(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -
     Raises:
         ConfigError: no document has both a prediction and a usable label.
     """
+    found = labelled_scores(plan, corpus, manifest)
+    head, threshold, target, scores_DL = plan.head, found.threshold, found.target, found.scores_DL
     run = RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"])
-    head, threshold = plan.head, ScoreSpec.model_validate_json(manifest.run["spec"]).threshold
+    measured = metrics.task_metrics(head.task, target, scores_DL, head.labels, threshold)
+    folder = storage.join(run.uri, "evaluation")
+    plot_uris = []
+    for name, image in _plots(measured, target, scores_DL, head, threshold).items():
+        plot_uris.append(storage.join(folder, f"{name}.png"))
+        storage.write_bytes(plot_uris[-1], image)
+    metrics_uri = storage.join(folder, "metrics.json")
+    storage.write_bytes(metrics_uri, (json.dumps(measured, indent=1, allow_nan=False) + "\n").encode())
+    return EvaluationReceipt(
+        metrics=measured,
+        rejected_by_reason=found.rejected_by_reason,
+        metrics_uri=metrics_uri,
+        plot_uris=tuple(plot_uris),
+    )
+
+
+def labelled_scores(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -> LabelledScores:
+    """Join a run's predictions with the labels of the corpus that it scored; parameters are those of `evaluate_run`.
+
+    Raises:
+        ConfigError: no document has both a prediction and a usable label.
+    """
+    run = RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"])
+    head = plan.head
     labelled, rejected_by_reason = _read_labels(plan, corpus, run.existing_duplicates_uri())
     predicted = _read_scores(run.output_uri)
     joined = labelled.join(predicted, on="doc_id", how="inner").sort("doc_id")
@@ -52,18 +95,13 @@ def evaluate_run(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -
             f"rows put aside: {rejected_by_reason or 'none'}; column {corpus.label_column!r} was searched for the "
             f"checkpoint's labels: {labels}"
         )
-    target = _target(joined, head)
-    scores_DL = np.array(joined["scores"].to_list(), dtype=np.float64)
-    measured = metrics.task_metrics(head.task, target, scores_DL, head.labels, threshold)
-    folder = storage.join(run.uri, "evaluation")
-    plot_uris = []
-    for name, image in _plots(measured, target, scores_DL, head, threshold).items():
-        plot_uris.append(storage.join(folder, f"{name}.png"))
-        storage.write_bytes(plot_uris[-1], image)
-    metrics_uri = storage.join(folder, "metrics.json")
-    storage.write_bytes(metrics_uri, (json.dumps(measured, indent=1, allow_nan=False) + "\n").encode())
-    return EvaluationReceipt(
-        metrics=measured, rejected_by_reason=rejected_by_reason, metrics_uri=metrics_uri, plot_uris=tuple(plot_uris)
+    return LabelledScores(
+        doc_ids=tuple(joined["doc_id"]),
+        fingerprints=tuple(joined["content_fingerprint"]),
+        target=_target(joined, head),
+        scores_DL=np.array(joined["scores"].to_list(), dtype=np.float64),
+        threshold=ScoreSpec.model_validate_json(manifest.run["spec"]).threshold,
+        rejected_by_reason=rejected_by_reason,
     )
 
 
@@ -89,8 +127,9 @@ def _read_labels(
 
 
 def _read_scores(output_uri: str) -> pl.DataFrame:
-    """doc_id and the list of scores in label order."""
-    frame = score_tables.read_table(output_uri, "predictions", columns=["doc_id", "scores", "removed_at"])
+    """doc_id, fingerprint of the text, and the list of scores in label order."""
+    columns = ["doc_id", "content_fingerprint", "scores", "removed_at"]
+    frame = score_tables.read_table(output_uri, "predictions", columns=columns)
     frame = frame.filter(pl.col("removed_at").is_null()).drop("removed_at")
     return frame.with_columns(pl.col("scores").list.eval(pl.element().struct.field("score")))
 

@@ -5,6 +5,7 @@ or GOOGLE_APPLICATION_CREDENTIALS), fsspec's configuration (its files and FSSPEC
 adlfs's names are understood), and `configure`. Nothing of it is ever part of a URI, a spec, a manifest or a message.
 """
 
+import errno
 import os
 import re
 import threading
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec.config
 from fsspec.spec import AbstractBufferedFile
-from obstore.exceptions import BaseError, PreconditionError, UnknownConfigurationKeyError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError, UnknownConfigurationKeyError
 from obstore.fsspec import FsspecStore
 from obstore.store import from_url
 
@@ -205,6 +206,17 @@ class ObjectFileSystem(FsspecStore):
     async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fsspec's
         info: dict[str, Any] = await super()._info(path, **kwargs)
         return info | {"name": self._strip_protocol(path)}
+
+    async def _pipe_file(self, path: str, value: Any, mode: str = "overwrite", **_: Any) -> None:  # noqa: ANN401 - fsspec's
+        bucket, key = self._split_path(path)
+        store = self._construct_store(bucket)
+        if mode != "create":
+            await store.put_async(key, value)
+            return
+        try:
+            await store.put_async(key, value, mode="create", use_multipart=False)
+        except AlreadyExistsError as error:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> "ObjectFile":  # type: ignore[override]  # noqa: ANN401
         return ObjectFile(self, path, mode, cache_type="none")

@@ -43,6 +43,8 @@ class EvaluationPlan(Spec):
 
     shards: tuple[ShardRef, ...]
     head: Head
+    checkpoint_uri: str
+    """The directory itself, to score with."""
 
 
 def plan_chunking(
@@ -113,9 +115,10 @@ def plan_evaluation(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec) ->
     Raises:
         ConfigError: the corpus, its label column or the checkpoint is wrong.
     """
-    head = checkpoints.read_head(checkpoints.resolve(checkpoint_uri))
-    label_role = training_set.LABEL_ROLES[head.task]
-    return EvaluationPlan(shards=tuple(corpora.plan_shards(corpus_uri, corpus, label_role=label_role)), head=head)
+    checkpoint_uri = checkpoints.resolve(checkpoint_uri)
+    head = checkpoints.read_head(checkpoint_uri)
+    shards = corpora.plan_shards(corpus_uri, corpus, label_role=training_set.LABEL_ROLES[head.task])
+    return EvaluationPlan(shards=tuple(shards), head=head, checkpoint_uri=checkpoint_uri)
 
 
 def check_apart(corpus_uri: str, output_uri: str) -> None:

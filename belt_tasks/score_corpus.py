@@ -22,7 +22,8 @@ def score_corpus(
 
     Args:
         corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
-        checkpoint_uri: a checkpoint, the output of a fine-tuning, or a finished Hugging Face sequence classifier.
+        checkpoint_uri: a checkpoint, the output of a fine-tuning, REGISTRY@ALIAS, or a finished Hugging Face sequence
+            classifier.
         output_uri: directory for the run and the published tables.
         corpus: columns and split.
         spec: how to score; what it leaves out is the checkpoint's own.
@@ -39,6 +40,7 @@ def score_corpus(
     while True:
         started_at = datetime.now(UTC)
         plan = score_planning.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+        checkpoint_uri = plan.checkpoint_uri  # an alias that moves meanwhile changes nothing
         manifest = plan.manifest
         if manifest is None:
             receipts = score_shards(plan, corpus)

@@ -15,6 +15,9 @@ Selection = Literal["all", "head", "head_tail", "random_k"]
 Evidence = Literal["none", "top", "all"]
 Removed = Literal["delete", "mark"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Metric = Literal[
+    "accuracy", "macro_f1", "micro_f1", "subset_accuracy", "auc", "log_loss", "mse", "mae", "r2", "spearman"
+]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -270,3 +273,40 @@ class TrainSpec(Spec):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the head's weights, dropout and the order of documents."""
+
+
+class GateSpec(Spec):
+    """When a challenger may take the champion's place; None of a limit does not look."""
+
+    metric: Metric | None = None
+    """What is compared; None is accuracy, micro F1 of multilabel, mean squared error of regression."""
+
+    min_gain: float = Field(default=0.0, ge=0.0)
+    """Gain in that metric that has to be exceeded, beyond chance."""
+
+    confidence: float = Field(default=0.95, ge=0.5, lt=1.0)
+    """Share of the resamples that lie in the gain's interval, whose lower end counts."""
+
+    num_resamples: int = Field(default=2000, ge=100)
+    """How often the held-out documents are drawn anew, with replacement."""
+
+    resampling_seed: int = Field(default=0, ge=0)
+    """Seed of these draws."""
+
+    min_documents: int = Field(default=100, ge=1)
+    """Held-out documents without which there is no promotion."""
+
+    min_recall: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Recall that the challenger has to reach for every label."""
+
+    max_recall_drop: float | None = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of the champion's recall that the challenger may lose for any label."""
+
+    max_ece: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Expected calibration error that the challenger may have."""
+
+    max_ece_increase: float | None = Field(default=None, ge=0.0, le=1.0)
+    """How far the expected calibration error may exceed the champion's."""
+
+    max_slowdown: float | None = Field(default=None, ge=0.0)
+    """Share by which the challenger's encoder may take longer for a document; both on the same device."""

@@ -140,6 +140,30 @@ def write_bytes(uri: str, data: bytes) -> None:
             filesystem.pipe_file(path, data)
 
 
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Put a whole object where none is; of many who try at once, one succeeds.
+
+    Returns:
+        Whether the object that is there now is this one. It is also where it holds these very bytes: the answer to an
+        earlier put may have been lost. Whoever has to tell writers apart says in the bytes who writes.
+
+    Raises:
+        TransientError: the store did not answer, and the object is not there; it may appear later.
+    """
+    try:
+        with errors_of(f"write {uri}"):
+            filesystem, path = _resolve(uri)
+            if isinstance(filesystem, LocalFileSystem):
+                created = _create_local(Path(path), data)
+            else:
+                created = _create_remote(filesystem, path, data)
+    except TransientError:
+        if not exists(uri):
+            raise
+        created = False
+    return created or read_bytes(uri) == data
+
+
 @contextmanager
 def parquet_writer(
     uri: str, schema: pa.Schema, *, sorting: Sequence[pq.SortingColumn] = ()
@@ -261,9 +285,17 @@ def _remove(uri: str) -> None:
         filesystem.rm_file(path)
 
 
-def put_directory(local: Path, uri: str, *, last: str) -> None:
-    """Copy a local directory; the file named `last` goes last, so that its presence means that all is there."""
-    files = sorted(path for path in local.rglob("*") if path.is_file())
+def put_directory(local: Path, uri: str, *, last: str, names: Sequence[str] | None = None) -> None:
+    """Copy a local directory; the file named `last` goes last, so that its presence means that all is there.
+
+    Args:
+        local: the directory.
+        uri: where to.
+        last: the file that goes last, if there is one of that name.
+        names: of the files to copy; None is all of them, with those of folders.
+    """
+    chosen = local.rglob("*") if names is None else (local / name for name in names)
+    files = sorted(path for path in chosen if path.is_file())
     files.sort(key=lambda path: path.relative_to(local).as_posix() == last)
     for path in files:
         write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
@@ -393,6 +425,31 @@ def _as_given(file: StoredFile, filesystem: fsspec.AbstractFileSystem) -> Stored
     if not isinstance(filesystem, LocalFileSystem):
         return file
     return replace(file, uri=file.uri.removeprefix("file://"))
+
+
+def _create_remote(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:
+    try:
+        filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _create_local(target: Path, data: bytes) -> bool:
+    """Give a finished temporary file its name, unless there is a file of that name: the link decides."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(temporary, target)
+            return True
+    finally:
+        temporary.unlink(missing_ok=True)
+    return False
 
 
 @contextmanager

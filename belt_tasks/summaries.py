@@ -11,9 +11,13 @@ from belt_tasks.clean import Cleaned
 from belt_tasks.demo import ReadBack
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
+from belt_tasks.gate import DecisionRecord
 from belt_tasks.maintenance import TableCheck
+from belt_tasks.model_store import ModelList
 from belt_tasks.preview import ScorePreview
+from belt_tasks.promotion import Promotion
 from belt_tasks.publishing import Manifest
+from belt_tasks.registry import Entry
 from belt_tasks.report import ScoreReport
 from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
@@ -211,6 +215,105 @@ def checks_summary(checks: Sequence[TableCheck]) -> str:
     """How much of which table satisfies its contract."""
     rows = [[check.table, _count(check.num_files), _count(check.num_rows)] for check in checks]
     return "\n".join(["Every row satisfies its contract:", "", *_table(["table", "files", "rows"], rows)]) + "\n"
+
+
+def decision_summary(record: DecisionRecord) -> str:
+    """What was decided on a challenger, and on what it rests."""
+    numbers = [
+        [words, _number(record.champion_metrics.get(name)), _number(record.challenger_metrics[name])]
+        for name, words in SHOWN_METRICS.items()
+        if name in record.challenger_metrics
+    ]
+    marks = {True: "passed", False: "**not passed**", None: "could not be measured"}
+    checks = [
+        [
+            check.name + (f" of {check.label}" if check.label else ""),
+            *(
+                f"{value:,.0f}" if check.name == "documents" else _number(value)
+                for value in (check.number, check.limit)
+            ),
+            marks[check.passed],
+        ]
+        for check in record.checks
+    ]
+    lines = [
+        f"## {record.decision}: {record.num_documents:,} held-out documents",
+        "",
+        f"{record.why[0].upper()}{record.why[1:]}.",
+        "",
+        *_table(["metric", "champion", "challenger"], numbers),
+        "",
+        *_table(["check", "measured", "limit", ""], checks),
+        "",
+        f"- champion: {'none' if record.champion_digest is None else f'`{record.champion_digest}`'}",
+        f"- challenger: `{record.challenger_digest}`",
+        f"- corpus: `{record.corpus_uri}`",
+        f"- decision: `{record.id}`",
+    ]
+    if record.labels_without_documents:
+        lines.append(f"- labels without held-out documents: {', '.join(record.labels_without_documents)}")
+    return "\n".join(lines) + "\n"
+
+
+def promotion_summary(promotion: Promotion) -> str:
+    """What became of a challenger."""
+    words = {
+        "promoted": "is the champion now",
+        "held": "stays the challenger: not every check passed",
+        "rejected": "is rejected; the champion stays",
+        "declined": "was declined; the champion stays",
+        "champion already": "is the champion already, so nothing was measured",
+    }
+    entry = promotion.entry
+    told = f"{promotion.challenger_digest} {words[promotion.outcome]}."
+    lines = [told] if entry is None else [told, "", f"- {_moved(entry)}"]
+    return "\n".join([*lines, *(["", decision_summary(promotion.record)] if promotion.record else [""])])
+
+
+def models_summary(listed: ModelList) -> str:
+    """The models of a registry: which has which alias, where they are from, and every move."""
+    of_digest: dict[str, list[str]] = {}
+    for alias, entry in listed.aliases.items():
+        of_digest.setdefault(entry.to_digest, []).append(alias)
+    models = [
+        [
+            model.digest,
+            ", ".join(of_digest.get(model.digest, [])),
+            f"{model.head.task} ({len(model.head.labels)})",
+            _number(model.metrics.get(_main_metric(model.head.task))),
+            f"{model.at:%Y-%m-%d %H:%M}",
+            model.who,
+            model.source_uri,
+        ]
+        for model in listed.models
+    ]
+    moves = [
+        [
+            _count(entry.number),
+            entry.alias,
+            "" if entry.from_digest is None else entry.from_digest[:12],
+            entry.to_digest[:12],
+            f"{entry.at:%Y-%m-%d %H:%M}",
+            entry.who,
+            entry.why,
+            entry.decision or "",
+        ]
+        for entry in listed.history
+    ]
+    header = ["digest", "aliases", "task (labels)", "main metric in fine-tuning", "added (UTC)", "by", "from"]
+    lines = [f"## models of {listed.registry_uri}", "", *_table(header, models)]
+    header = ["", "alias", "from", "to", "at (UTC)", "by", "why", "decision"]
+    return "\n".join([*lines, *(["", *_table(header, moves)] if moves else [])]) + "\n"
+
+
+def alias_summary(entry: Entry) -> str:
+    """One move of an alias."""
+    return f"{_moved(entry)}.\n"
+
+
+def _moved(entry: Entry) -> str:
+    before = "" if entry.from_digest is None else f" instead of {entry.from_digest}"
+    return f"{entry.alias} is {entry.to_digest}{before} (entry {entry.number}, {entry.who}: {entry.why})"
 
 
 def demo_summary(

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + the number of the signal that
 a traceback.
 """
 
+import getpass
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from flows.options import (
     ChunkConfig,
     ChunkSeed,
     ChunkSize,
+    Confidence,
     Config,
     Corpus,
     Device,
@@ -35,14 +37,24 @@ from flows.options import (
     EvidenceText,
     Export,
     Full,
+    GateConfig,
+    GateMetric,
     IdColumn,
     LabelColumn,
     MaxBatchTokens,
+    MaxEce,
+    MaxEceIncrease,
     MaximalTextLength,
+    MaxRecallDrop,
     MaxRejectedShare,
+    MaxSlowdown,
+    MinDocuments,
+    MinGain,
     MinimalChunkLength,
+    MinRecall,
     NumEvidenceChunks,
     NumRandomChunks,
+    NumResamples,
     Output,
     OwnChunkSeed,
     OwnChunkSize,
@@ -57,7 +69,9 @@ from flows.options import (
     PoolingSpace,
     PoolingStrategy,
     PublishEvery,
+    Registry,
     Removed,
+    ResamplingSeed,
     ScoreConfig,
     ScorePrecision,
     Selection,
@@ -67,6 +81,7 @@ from flows.options import (
     Stride,
     TextColumn,
     Threshold,
+    Who,
     WrongUsageError,
     build,
     option,
@@ -139,7 +154,7 @@ def score(
     """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec, drift = _score_specs(options)
+        columns, spec, drift, checkpoint = _score_specs(options)
         if dry_run:
             with _running():
                 from flows.preview import preview  # noqa: PLC0415 - after the environment is set
@@ -201,7 +216,7 @@ def evaluate(
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec, drift = _score_specs(options)
+        columns, spec, drift, checkpoint = _score_specs(options)
         with _running():
             from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
 
@@ -424,6 +439,83 @@ def deploy() -> None:
 
 
 @app.command()
+def promote(
+    corpus: Corpus,
+    challenger: Annotated[str, typer.Option(help="What `--checkpoint` of `belt score` may be.")],
+    registry: Registry,
+    output: Output,
+    config: GateConfig = None,
+    id_column: IdColumn = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    split_column: SplitColumn = None,
+    split: Split = None,
+    max_batch_tokens: MaxBatchTokens = None,
+    device: Device = None,
+    precision: ScorePrecision = None,
+    threshold: Threshold = None,
+    max_rejected_share: MaxRejectedShare = None,
+    metric: GateMetric = None,
+    min_gain: MinGain = None,
+    confidence: Confidence = None,
+    num_resamples: NumResamples = None,
+    resampling_seed: ResamplingSeed = None,
+    min_documents: MinDocuments = None,
+    min_recall: MinRecall = None,
+    max_recall_drop: MaxRecallDrop = None,
+    max_ece: MaxEce = None,
+    max_ece_increase: MaxEceIncrease = None,
+    max_slowdown: MaxSlowdown = None,
+    who: Who = None,
+    storage_block: StorageBlock = None,
+) -> None:
+    """Measure a challenger against the champion of a registry on a labelled CORPUS; a better one takes its place."""
+    options = dict(locals())
+    with _user_errors():
+        sections = read_config(config, sections=("corpus", "spec", "gate"))
+        columns = build(specs.CorpusSpec, options, sections, section="corpus")
+        spec = build(specs.ScoreSpec, options, sections, section="spec")
+        gate = build(specs.GateSpec, options, sections, section="gate")
+        with _running():
+            from flows.promote import promote as flow  # noqa: PLC0415 - after the environment is set
+
+            done = flow(
+                challenger, registry, corpus, output, columns, spec, gate, who=_who(who), storage_block=storage_block
+            )
+            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+
+    _print(summaries.promotion_summary(done))
+
+
+models_app = typer.Typer(cls=_ListsByDefault, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models_app, name="models", help="List a registry of models (`belt models REGISTRY`), or go back.")
+
+
+@models_app.command("list")
+def models(registry: Annotated[str, typer.Argument(help="Registry of `belt promote`; any fsspec URL.")]) -> None:
+    """List the models of REGISTRY: which is the champion, where each is from, who moved which alias, and why."""
+    with _user_errors():
+        from belt_tasks import model_store, summaries  # noqa: PLC0415 - imports torch
+
+        _print(summaries.models_summary(model_store.list_models(registry)))
+
+
+@models_app.command("rollback")
+def roll_back_model(
+    registry: Annotated[str, typer.Argument(help="Registry of `belt promote`; any fsspec URL.")],
+    alias: Annotated[str, typer.Option(help="What to move.", metavar="<str>")] = "champion",
+    why: Annotated[str, typer.Option(help="Stands in the history.", metavar="<str>")] = "rolled back",
+    who: Who = None,
+) -> None:
+    """Move the champion back to the checkpoint that it was before, by one entry of the history; twice undoes itself."""
+    with _user_errors():
+        from belt_tasks import registry as models_of  # noqa: PLC0415 - takes a moment
+        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+
+        _print(summaries.alias_summary(models_of.roll_back(registry, alias, who=_who(who), why=why)))
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Directory for the corpus and all results.")] = ".belt/demo",
 ) -> None:
@@ -452,8 +544,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec, specs.DriftSpec]:
-    """Specs for scoring; single window or pooling options change the checkpoint's, not the built-in defaults."""
+def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec, specs.DriftSpec, str]:
+    """Specs for scoring, and the checkpoint; window or pooling options change its own, not the built-in defaults."""
     sections = read_config(options["config"], sections=("corpus", "spec", "drift"))
     columns = build(specs.CorpusSpec, options, sections, section="corpus")
     drift = build(specs.DriftSpec, {}, sections, section="drift")
@@ -464,9 +556,11 @@ def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.Score
             use_storage_block(options["storage_block"])
     from belt_tasks import checkpoint  # noqa: PLC0415 - imports torch
 
-    card = checkpoint.read_card(checkpoint.resolve(options["checkpoint"]))
+    checkpoint_uri = checkpoint.resolve(options["checkpoint"])
+    card = checkpoint.read_card(checkpoint_uri)
     base = {} if card is None else {"chunks": card.chunks.model_dump(), "pooling": card.pooling.model_dump()}
-    return columns, build(specs.ScoreSpec, options, sections, section="spec", base=base), drift
+    spec = build(specs.ScoreSpec, options, sections, section="spec", base=base)
+    return columns, spec, drift, checkpoint_uri
 
 
 @contextmanager
@@ -490,6 +584,16 @@ def _user_errors() -> Iterator[None]:
             with suppress(OSError):  # the terminal may be gone
                 errors.print(f"Terminated. {GO_ON}")
         raise
+
+
+def _who(given: str | None) -> str:
+    """Whom the history of a registry names."""
+    if given is not None:
+        return given
+    try:
+        return os.environ.get("BELT_USER") or getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        raise WrongUsageError("--who: this system's user has no name; say who you are, or set BELT_USER") from None
 
 
 def _complain(message: str) -> None:

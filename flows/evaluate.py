@@ -29,7 +29,7 @@ def evaluate(
     with attempt(storage_block, time_limit_s):
         asked_at = datetime.now(UTC)
         plan = tasks.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
-        manifest = score(corpus_uri, checkpoint_uri, output_uri, corpus, spec, storage_block, drift=drift)
+        manifest = score(corpus_uri, plan.checkpoint_uri, output_uri, corpus, spec, storage_block, drift=drift)
         receipt = tasks.evaluate_run(plan, corpus, manifest)
         create_markdown_artifact(
             summaries.run_summary(manifest, asked_at=asked_at) + "\n" + summaries.evaluation_summary(receipt),

@@ -54,7 +54,9 @@ Corpus = Annotated[str, typer.Argument(help="A Parquet file, a directory of them
 Output = Annotated[str, typer.Option(help="Directory for the run and the published manifest; any fsspec URL.")]
 Checkpoint = Annotated[
     str,
-    typer.Option(help="Output of `belt fine-tune`, a checkpoint in it, or a finished Hugging Face classifier."),
+    typer.Option(
+        help="Output of `belt fine-tune`, a checkpoint in it, REGISTRY@ALIAS, or a finished Hugging Face classifier."
+    ),
 ]
 StorageBlock = Annotated[
     str | None,
@@ -74,6 +76,16 @@ ScoreConfig = Annotated[
 ChunkConfig = Annotated[
     Path | None,
     typer.Option(help="YAML file with the flow's specs, in sections corpus and chunks; options override it."),
+]
+
+GateConfig = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with the flow's specs, in sections corpus, spec and gate; options override it."),
+]
+Registry = Annotated[str, typer.Option(help="Directory of the registry of models; any fsspec URL.")]
+Who = Annotated[
+    str | None,
+    typer.Option(help="Whom the history names; without it BELT_USER, or the system's user.", metavar="<str>"),
 ]
 
 IdColumn = Annotated[str | None, option(specs.CorpusSpec, "id_column")]
@@ -104,6 +116,18 @@ Export = Annotated[bool | None, option(specs.ScoreSpec, "export")]
 Full = Annotated[bool | None, option(specs.ScoreSpec, "full")]
 Removed = Annotated[str | None, option(specs.ScoreSpec, "removed")]
 PublishEvery = Annotated[str | None, option(specs.ScoreSpec, "publish_every")]
+
+GateMetric = Annotated[str | None, option(specs.GateSpec, "metric", default="the task's main one")]
+MinGain = Annotated[str | None, option(specs.GateSpec, "min_gain")]
+Confidence = Annotated[str | None, option(specs.GateSpec, "confidence")]
+NumResamples = Annotated[str | None, option(specs.GateSpec, "num_resamples")]
+ResamplingSeed = Annotated[str | None, option(specs.GateSpec, "resampling_seed")]
+MinDocuments = Annotated[str | None, option(specs.GateSpec, "min_documents")]
+MinRecall = Annotated[str | None, option(specs.GateSpec, "min_recall")]
+MaxRecallDrop = Annotated[str | None, option(specs.GateSpec, "max_recall_drop")]
+MaxEce = Annotated[str | None, option(specs.GateSpec, "max_ece")]
+MaxEceIncrease = Annotated[str | None, option(specs.GateSpec, "max_ece_increase")]
+MaxSlowdown = Annotated[str | None, option(specs.GateSpec, "max_slowdown")]
 
 # scoring takes from the checkpoint what is left out
 OWN = "the checkpoint's"

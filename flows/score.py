@@ -27,7 +27,8 @@ def score(
 
     Args:
         corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
-        checkpoint_uri: a checkpoint, the output of a fine-tuning, or a finished Hugging Face sequence classifier.
+        checkpoint_uri: a checkpoint, the output of a fine-tuning, REGISTRY@ALIAS, or a finished Hugging Face sequence
+            classifier.
         output_uri: directory for the run and the published tables.
         corpus: columns and split.
         spec: how to score; what it leaves out is the checkpoint's own.
@@ -40,6 +41,7 @@ def score(
         while True:
             started_at = datetime.now(UTC)
             plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+            checkpoint_uri = plan.checkpoint_uri  # an alias that moves meanwhile changes nothing
             manifest = plan.manifest
             if manifest is None:
                 receipts = tasks.gather(
@@ -48,7 +50,7 @@ def score(
                         unmapped(corpus),
                         unmapped(plan.spec),
                         run=unmapped(plan.run),
-                        checkpoint_uri=unmapped(plan.checkpoint_uri),
+                        checkpoint_uri=unmapped(checkpoint_uri),
                         checkpoint_digest=unmapped(plan.checkpoint_digest),
                         scoring_fingerprint=unmapped(plan.scoring_fingerprint),
                         rows_uri=[plan.run.rows_uri(shard.key) for shard in plan.shards],

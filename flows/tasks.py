@@ -26,6 +26,7 @@ from belt_tasks import (
     planning,
     preview,
     progress,
+    promotion,
     publishing,
     report,
     score_corpus,
@@ -88,6 +89,11 @@ complete_scoring = bind(score_corpus.complete)
 publish_tables = bind(score_tables.publish_tables)
 score_report = bind(report.score_report)
 export_predictions = bind(export.export_predictions)
+
+plan_promotion = bind(promotion.plan_promotion)
+decide_promotion = bind(promotion.decide_promotion)
+promote = bind(promotion.promote)
+find_promotion = bind(promotion.find_done)
 
 clean_up = bind(clean.clean_up)
 check_tables = bind(maintenance.check_tables)

@@ -40,7 +40,20 @@ def options_of(command: str) -> set[str]:
 
 
 def test_commands():
-    assert set(COMMANDS) == {"score", "fine-tune", "evaluate", "demo", "windows", "chunk", "runs", "report", "rollback"}
+    assert set(COMMANDS) == {
+        "score",
+        "fine-tune",
+        "evaluate",
+        "demo",
+        "deploy",
+        "windows",
+        "chunk",
+        "runs",
+        "report",
+        "rollback",
+        "promote",
+        "models",
+    }
 
 
 def test_a_config_file_of_a_scoring_has_a_section_on_drift(tmp_path):
@@ -91,6 +104,8 @@ def test_help_shows_defaults_and_whose_they_are():
     assert "(default: 510)" not in belt("score", "--help")[1]
 
 
+# of a promotion, whose scores nobody reads but the gate; a config file may set them
+OF_OUTPUTS = {"evidence", "num_evidence_chunks", "evidence_text", "export", "full", "removed", "publish_every"}
 CHUNKS, POOLING, BATCHES = specs.ChunkSpec, specs.PoolingSpec, specs.BatchSpec
 
 
@@ -102,12 +117,25 @@ CHUNKS, POOLING, BATCHES = specs.ChunkSpec, specs.PoolingSpec, specs.BatchSpec
         ("fine-tune", [specs.CorpusSpec, specs.TrainSpec, CHUNKS, POOLING, BATCHES], set()),
         ("chunk", [specs.CorpusSpec, CHUNKS], {"label_column"}),
         ("windows", [CHUNKS], set()),
+        ("promote", [specs.CorpusSpec, specs.ScoreSpec, specs.GateSpec, BATCHES], OF_OUTPUTS),
     ],
 )
 def test_every_field_has_an_option_and_every_option_a_field(command, specifications, left_out):
     nested = {"chunks", "pooling", "batches"}
     fields = {name for spec in specifications for name in spec.model_fields} - nested
-    paths = {"corpus", "file", "checkpoint", "encoder", "output", "config", "storage_block", "dry_run"}
+    paths = {
+        "challenger",
+        "registry",
+        "who",
+        "corpus",
+        "file",
+        "checkpoint",
+        "encoder",
+        "output",
+        "config",
+        "storage_block",
+        "dry_run",
+    }
 
     assert options_of(command) - paths == fields - left_out
 
@@ -326,3 +354,44 @@ def test_wrong_usage_is_one_line_per_mistake():
         build(specs.ChunkSpec, {"chunk_size": "x", "stride": "y"}, {}, section="chunks")
 
     assert len(str(raised.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metric", "f1"], "--metric: input should be 'accuracy', .*, got 'f1'"),
+        (["--confidence", "1"], "--confidence: input should be less than 1, got '1'"),
+        (["--max-recall-drop", "x"], "--max-recall-drop: input should be a valid number.*, got 'x'"),
+        (["--min-documents", "0"], "--min-documents: input should be greater than or equal to 1, got '0'"),
+    ],
+)
+def test_a_gate_that_cannot_be(options, message):
+    arguments = ["corpus", "--challenger", "c", "--registry", "r", "--output", "o"]
+
+    code, _, said = belt("promote", *arguments, *options)
+
+    assert code == 2
+    assert re.fullmatch(f"Error: {message}\n", said), said
+
+
+def test_a_limit_of_the_gate_may_be_lifted():
+    gate = build(specs.GateSpec, {"max_recall_drop": "none", "min_gain": "0.01"}, {}, section="gate")
+
+    assert (gate.max_recall_drop, gate.min_gain, gate.max_ece) == (None, 0.01, None)
+
+
+def test_models_of_nothing(tmp_path):
+    code, _, said = belt("models", tmp_path)
+    assert (code, said) == (1, f"Error: {tmp_path}: no registry of models there (no folder models)\n")
+    code, _, said = belt("models", "rollback", tmp_path)
+    words = "no alias 'champion' in this registry; nobody has named a checkpoint there yet"
+    assert (code, said) == (1, f"Error: {tmp_path}: {words}\n")
+
+
+def test_who_moves_an_alias(monkeypatch):
+    monkeypatch.setenv("BELT_USER", "ann")
+    assert cli._who("bob") == "bob"
+    assert cli._who(None) == "ann"
+    monkeypatch.delenv("BELT_USER")
+    monkeypatch.setenv("LOGNAME", "carol")
+    assert cli._who(None) == "carol"
