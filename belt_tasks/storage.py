@@ -19,10 +19,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import fsspec
+import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 
 from belt_tasks import object_stores
 from belt_tasks.errors import ConfigError, TransientError
@@ -138,6 +139,29 @@ def write_bytes(uri: str, data: bytes) -> None:
                 temporary.write_bytes(data)
         else:
             filesystem.pipe_file(path, data)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Put a whole object where there is none; Delta Lake commits so, and of two runs at once one wins.
+
+    Returns:
+        Whether it was put; False where one is there already.
+
+    Raises:
+        ConfigError: it cannot be put there, or the store knows no such condition.
+    """
+    with errors_of(f"write {uri}"):
+        filesystem, path = _resolve(uri)
+        try:
+            if isinstance(filesystem, object_stores.ObjectFileSystem):
+                bucket, _, key = path.removeprefix("/").partition("/")
+                obstore.put(filesystem.store(bucket, object_stores.RETRIES), key, data, mode="create")
+                return True
+            with filesystem.open(path, "xb") as file:
+                file.write(data)
+        except (AlreadyExistsError, FileExistsError):
+            return False
+        return True
 
 
 @contextmanager
@@ -259,6 +283,15 @@ def _remove(uri: str) -> None:
     with errors_of(f"remove {uri}"), suppress(FileNotFoundError):
         filesystem, path = _resolve(uri)
         filesystem.rm_file(path)
+
+
+def remove_empty_directories(uris: Sequence[str]) -> None:
+    """Remove local directories in order, those that are there and empty; stores have none."""
+    for uri in uris:
+        filesystem, path = _resolve(uri)
+        if isinstance(filesystem, LocalFileSystem):
+            with suppress(OSError):
+                Path(path).rmdir()
 
 
 def put_directory(local: Path, uri: str, *, last: str) -> None:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + the number of the signal that
 a traceback.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -396,6 +397,37 @@ def demo(
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     _print(summaries.demo_summary(**dict(result)))
+
+
+@app.command()
+def doctor(
+    corpus: Annotated[str | None, typer.Option(help="A corpus to read; any fsspec URL.", metavar="<str>")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A checkpoint to load.", metavar="<str>")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="An output to read, write, list and delete in.", metavar="<str>")
+    ] = None,
+    storage_block: StorageBlock = None,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Say it as one JSON document, for machines.")] = False,
+) -> None:
+    """Say whether this machine, its Prefect server and the places that are named are fit for belt, and what to do."""
+    with _user_errors():
+        from belt_tasks import doctor as examining  # noqa: PLC0415 - imports pyarrow
+
+        def of_prefect() -> list[examining.Check]:
+            from flows.doctor import prefect_checks  # noqa: PLC0415 - after the environment is set
+
+            return prefect_checks(storage_block)
+
+        places = functools.partial(examining.place_checks, corpus, checkpoint, output)
+        found = examining.examine("this machine", examining.machine_checks)
+        found += examining.examine("Prefect", of_prefect)  # before the places: a storage block is put to use
+        found += examining.examine("places", places)
+    if json:
+        typer.echo(examining.as_json(found))
+    else:
+        console.print(examining.as_text(found), markup=False, highlight=False)
+    raise typer.Exit(int(examining.has_problem(found)))
 
 
 def main() -> None:

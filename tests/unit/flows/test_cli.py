@@ -40,7 +40,17 @@ def options_of(command: str) -> set[str]:
 
 
 def test_commands():
-    assert set(COMMANDS) == {"score", "fine-tune", "evaluate", "demo", "windows", "chunk", "runs", "rollback"}
+    assert set(COMMANDS) == {
+        "score",
+        "fine-tune",
+        "evaluate",
+        "demo",
+        "windows",
+        "chunk",
+        "runs",
+        "rollback",
+        "doctor",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
