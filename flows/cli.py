@@ -5,6 +5,7 @@ a traceback.
 """
 
 import functools
+import logging
 import os
 import signal
 import sys
@@ -19,9 +20,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from belt_tasks import progress, specs
+from belt_tasks import logs, progress, specs
 from belt_tasks.errors import BeltError
 from flows.local_server import local_server
+from flows.observation import LOG_FORMAT, observe_command
 from flows.options import (
     Checkpoint,
     ChunkConfig,
@@ -83,6 +85,7 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True)
 GO_ON = "Finished shards, if any, are kept; run the same command again to go on."
+log = logging.getLogger(__name__)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -90,12 +93,22 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 def _main(
     *,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's log and, of bugs, the traceback.")] = False,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            help="text, or json: belt's log as a JSON object a line on standard error, in the place of progress bars.",
+            metavar="<str>",
+            envvar=LOG_FORMAT,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune and score text encoders on documents longer than the encoder can read."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     if "PREFECT_HOME" in os.environ:  # Prefect makes the last folder of the path only, and fails obscurely without
         Path(os.environ["PREFECT_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)
+    with _user_errors():
+        observe_command(log_format, verbose=verbose)
 
 
 @app.command()
@@ -475,23 +488,37 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends within seconds, in order
-        errors.print(f"Interrupted. {GO_ON}")
+        _tell_end(f"Interrupted. {GO_ON}")
         raise typer.Exit(128 + signal.SIGINT) from None
     except SystemExit as error:
         if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
             with suppress(OSError):  # the terminal may be gone
-                errors.print(f"Terminated. {GO_ON}")
+                _tell_end(f"Terminated. {GO_ON}")
         raise
 
 
+def _tell_end(words: str) -> None:
+    if logs.writes_json():
+        log.warning(words)
+    else:
+        errors.print(words)
+
+
 def _complain(message: str) -> None:
+    if logs.writes_json():
+        log.error(message)
+        return
     errors.print("[red]Error:[/red]", end=" ")
     errors.print(message, markup=False)
 
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """A Prefect server to run against; progress bars on a terminal, a line now and then elsewhere."""
+    """A Prefect server to run against; progress bars on a terminal, a line now and then elsewhere, or the log."""
+    if logs.writes_json():
+        with local_server():
+            yield
+        return
     with local_server(), ProgressBars(errors) as bars, progress.listen(bars.advance, bars.say):
         yield
 
