@@ -13,6 +13,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.metadata import metadata as metadata_of
 from pathlib import Path
@@ -268,7 +269,9 @@ def check_checkpoint(uri: str) -> Finding:
 def check_output(uri: str) -> Finding:
     """An output can be read, written, listed and cleaned, and its store lets one of two writers win."""
     uri = storage.absolute(uri)
-    was_there = storage.is_directory(uri)
+    was_there = False
+    with suppress(ConfigError):  # a bucket that is not there may be made by the first object
+        was_there = storage.is_directory(uri)
     folder = storage.join(uri, f".belt-doctor-{uuid.uuid4().hex}")
     probe, once = storage.join(folder, "probe"), storage.join(folder, "once")
     storage.write_bytes(probe, b"belt")

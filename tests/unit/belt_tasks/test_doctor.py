@@ -161,6 +161,14 @@ def test_an_output_that_was_not_there_is_not_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bucket_may_be_made_by_its_first_object(s3, monkeypatch):
+    for name, value in s3.environment("admin").items():
+        monkeypatch.setenv(name, value)
+    object_stores.configure({})
+
+    assert of_place(output_uri="s3://made-by-the-doctor/out").status == "ok"
+
+
 def test_an_output_that_may_only_be_read_is_a_problem(s3, s3_root, monkeypatch):
     for name, value in s3.environment("reader").items():
         monkeypatch.setenv(name, value)
