@@ -5,6 +5,7 @@ secret: credentials of a URL are left out, and of configuration only names are t
 `flows.doctor`.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from belt_tasks import object_stores, storage
+from belt_tasks import logs, object_stores, storage, telemetry
 from belt_tasks.errors import BeltError, ConfigError
 from belt_tasks.specs import Spec
 
@@ -102,6 +103,7 @@ def machine_checks() -> list[Check]:
         ("device", check_device),
         ("attention kernel", check_kernel),
         ("storage options", check_storage_options),
+        ("logs and metrics", check_logs_and_metrics),
     ]
 
 
@@ -244,6 +246,17 @@ def check_storage_options() -> Finding:
     variables = sorted(name for name in os.environ if name.startswith(prefixes))
     told += [f"environment: {', '.join(variables)}"] if variables else []
     return Finding(check="storage options", status="ok", found="; ".join(told) or "none: local paths alone")
+
+
+def check_logs_and_metrics() -> Finding:
+    """What the environment says of logs and metrics is understood."""
+    log_format = logs.checked_format(os.environ.get("BELT_LOG_FORMAT") or "text")
+    settings = telemetry.read_settings()
+    places = [name for name in ("textfile", "pushgateway", "port") if getattr(settings, name) is not None]
+    if places and importlib.util.find_spec("prometheus_client") is None:
+        raise ConfigError("metrics need prometheus_client: pip install 'belt[metrics]'")
+    found = f"log as {log_format}; metrics by {', '.join(places) or 'nothing'}"
+    return Finding(check="logs and metrics", status="ok", found=found)
 
 
 def check_corpus(uri: str) -> Finding:

@@ -91,6 +91,7 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 @app.callback()
 def _main(
+    context: typer.Context,
     *,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's log and, of bugs, the traceback.")] = False,
     log_format: Annotated[
@@ -107,8 +108,9 @@ def _main(
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     if "PREFECT_HOME" in os.environ:  # Prefect makes the last folder of the path only, and fails obscurely without
         Path(os.environ["PREFECT_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)
-    with _user_errors():
-        observe_command(log_format, verbose=verbose)
+    if context.invoked_subcommand != "doctor":  # which says what is wrong with it
+        with _user_errors():
+            observe_command(log_format, verbose=verbose)
 
 
 @app.command()

@@ -125,6 +125,13 @@ def test_settings_that_prefect_refuses_are_a_problem():
     assert found["torch"]["status"] == "ok"
 
 
+def test_settings_that_end_other_commands_are_told():
+    code, found, _ = findings(BELT_METRICS_PORT="many")
+
+    assert code == 1
+    assert found["logs and metrics"]["found"].startswith("BELT_METRICS_PORT: Input should be a valid integer")
+
+
 def test_a_pool_is_ready_when_somebody_works_for_it(pool, client):
     assert check_work_pool(pool).status == "warning"
     assert check_work_pool(pool).advice == "prefect worker start --pool examined, on a machine that is to work"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -214,6 +215,27 @@ def test_only_names_of_storage_options_are_told(monkeypatch):
     assert "AZURE_STORAGE_ACCOUNT_KEY" in found.found
     assert "hush" not in found.found
     assert "whisper" not in found.found
+
+
+@pytest.mark.parametrize(("name", "value"), [("BELT_LOG_FORMAT", "xml"), ("BELT_METRICS_PORT", "many")])
+def test_wrong_settings_of_logs_and_metrics_are_a_problem(monkeypatch, name, value):
+    monkeypatch.setenv("BELT_METRICS_TEXTFILE", "/var/lib/node_exporter/belt.prom")
+    assert doctor.check_logs_and_metrics().found == "log as text; metrics by textfile"
+    monkeypatch.setenv(name, value)
+
+    found = {each.check: each for each in doctor.examine("this machine", doctor.machine_checks)}["logs and metrics"]
+
+    assert found.status == "problem"
+    assert value in found.found
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_told():
+    found = doctor.check_device()
+
+    assert found.status == "ok"
+    assert found.found.startswith(f"cuda:0 {torch.cuda.get_device_name(0)}, ")
+    assert found.found.endswith((", bf16", ", fp16"))
 
 
 @given(st.lists(st.builds(Finding), min_size=1))
