@@ -6,7 +6,6 @@ some millions of rows at a time, so that neither time nor memory depends on what
 
 import math
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +16,7 @@ import polars as pl
 from belt_tasks import columns, inventory
 from belt_tasks.inventory import Inventories, SourceRef
 from belt_tasks.specs import CorpusSpec, Spec
+from belt_tasks.threads import Threads
 
 ROWS_AT_ONCE = 2_000_000
 
@@ -170,7 +170,7 @@ def compare(
     to_score = pl.concat([difference.new, difference.changed]).select("source", "row_index")
     parts = to_score.partition_by("source", as_dict=True)
     rows = {now.sources[int(source)].source_uri: part["row_index"] for (source,), part in parts.items()}
-    with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
+    with Threads(inventory.NUM_THREADS) as threads:
         rows |= dict(zip(to_rescore, threads.map(now.rows, to_rescore), strict=True))
     return Changes(
         counts=ChangeCounts(
@@ -225,7 +225,7 @@ def _find_difference(before: CorpusState, now: CorpusState, files: set[str], nev
         """What differs; None where more documents than `most` are left over."""
         nothing = DOCUMENTS.to_frame()
         new, changed, gone, num_left = [nothing], [nothing], [nothing], 0
-        with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
+        with Threads(inventory.NUM_THREADS) as threads:
             for found in threads.map(lambda uri: of_file(uri, part), sorted(files)):
                 num_left += max(len(found.new), len(found.gone))
                 if num_left > most:

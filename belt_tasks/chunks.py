@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import data_contracts
-from belt_tasks import prepare, progress, publishing
+from belt_tasks import milestones, prepare, progress, publishing
 from belt_tasks.corpus import ShardRef
 from belt_tasks.publishing import RunRef, ShardWriter
 from belt_tasks.receipts import Counts, ShardReceipt, Stopwatch
@@ -16,6 +16,7 @@ from belt_tasks.tokens import Tokens, load_tokenizer
 from belt_tasks.windows import Windows, chunk_windows
 
 
+@milestones.of_shard("chunk")
 def chunk_shard(
     shard: ShardRef,
     corpus: CorpusSpec,

@@ -9,7 +9,6 @@ that did not change is not read at all, and nobody compares texts.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +20,7 @@ from belt_tasks import corpus, prepare, progress, publishing, storage
 from belt_tasks.errors import ConfigError, ShardError
 from belt_tasks.specs import CorpusSpec, Spec
 from belt_tasks.storage import StoredFile
+from belt_tasks.threads import Threads
 
 FORMAT = 1  # another one where the same file is to be read anew, since belt finds other rows good or bad
 BATCH_ROWS = 16_384
@@ -85,7 +85,7 @@ def take(files: Sequence[StoredFile], spec: CorpusSpec, inventories: Inventories
     progress.advance("compare", 0, num_more=len(files))
     problems: list[str] = []
     counts = {}
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
+    with Threads(NUM_THREADS) as threads:
         for file, found in zip(files, threads.map(lambda file: _attempt(file, spec, inventories), files), strict=True):
             progress.advance("compare", 1)
             if isinstance(found, str):
@@ -132,7 +132,7 @@ def read_all(
     reduce: Callable[[pl.DataFrame], pl.DataFrame],
 ) -> list[pl.DataFrame]:
     """What `reduce` makes of some columns of each file's inventory, in their order; several are read at once."""
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
+    with Threads(NUM_THREADS) as threads:
         return list(threads.map(lambda source: reduce(inventories.read(source.inventory_key, columns)), list(sources)))
 
 

@@ -7,9 +7,11 @@ when the consumer stops, for whatever reason, the other stages have ended before
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TypeVar
+
+from belt_tasks.threads import Threads
 
 ItemT = TypeVar("ItemT")
 
@@ -24,7 +26,7 @@ def ahead(items: Generator[ItemT], *, most: int) -> Iterator[Iterator[ItemT]]:
         items: advanced and at last closed in that thread.
         most: items that may be finished or in the making and not yet consumed.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+    with Threads(1, thread_name_prefix="ahead") as thread:
         pending: deque[Future[ItemT | object]] = deque(thread.submit(next, items, _END) for _ in range(most))
 
         def consume() -> Iterator[ItemT]:
@@ -62,7 +64,7 @@ def behind(function: Callable[[ItemT], None], *, most: int) -> Iterator[Callable
                 broken = True
                 raise
 
-    with ThreadPoolExecutor(1, thread_name_prefix="behind") as thread:
+    with Threads(1, thread_name_prefix="behind") as thread:
         pending: deque[Future[None]] = deque()
 
         def hand_over(item: ItemT) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import corpus as corpora
-from belt_tasks import encoder, progress, storage, training_set
+from belt_tasks import encoder, milestones, progress, storage, training_set
 from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, read_manifest, run_id_of
@@ -67,6 +67,7 @@ def plan_chunking(
     digest = encoder.source_fingerprint(encoder_source)
     run_id = run_id_of(_keys(shards), corpus=corpus, flow="chunk", chunks=chunks, encoder=digest)
     run = open_run(output_uri, run_id, flow="chunk")
+    milestones.planned(run_id, "chunk", num_shards=len(shards), num_rows=sum(shard.num_rows for shard in shards))
     return ChunkPlan(
         run=run,
         shards=tuple(shards),
@@ -98,6 +99,7 @@ def plan_fine_tuning(
     digest = encoder.source_fingerprint(encoder_source)
     run_id = run_id_of(_keys(shards), corpus=corpus, flow="fine-tune", spec=spec, encoder=digest)
     run = open_run(output_uri, run_id, flow="fine-tune")
+    milestones.planned(run_id, "prepare", num_shards=len(shards), num_rows=sum(shard.num_rows for shard in shards))
     return TrainPlan(
         run=run,
         shards=tuple(shards),

@@ -3,7 +3,6 @@
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from belt_tasks.comparison import Comparison, Question
 from belt_tasks.inventory import Inventories
 from belt_tasks.scoring import Scorer
 from belt_tasks.specs import CorpusSpec, ScoreSpec, Spec
+from belt_tasks.threads import Threads
 
 T = TypeVar("T")
 Int64 = npt.NDArray[np.int64]
@@ -94,7 +94,7 @@ def preview_scoring(
 
 def _rejected_by_reason(found: Comparison) -> dict[str, int]:
     uris = sorted(found.reread & found.now.by_uri.keys())
-    with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
+    with Threads(inventory.NUM_THREADS) as threads:
         reasons = threads.map(lambda uri: found.now.rejected(uri)["reason"], uris)
         together = pl.concat([pl.Series("reason", [], dtype=pl.String), *reasons])
     return dict(together.value_counts().sort("reason").iter_rows())
@@ -107,7 +107,7 @@ def _num_bytes(state: CorpusState, rows_to_score: Mapping[str, Int64]) -> int:
     def count(frame: pl.DataFrame, uri: str) -> int:
         return int(frame.filter(pl.col("row_index").is_in(pl.Series(rows_to_score[uri]).implode()))["num_bytes"].sum())
 
-    with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
+    with Threads(inventory.NUM_THREADS) as threads:
         return sum(
             threads.map(
                 lambda source: count(

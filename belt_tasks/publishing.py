@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pydantic
 
 import data_contracts
-from belt_tasks import sorted_files, storage
+from belt_tasks import milestones, sorted_files, storage
 from belt_tasks.corpus import ShardRef
 from belt_tasks.cost import peak_flops
 from belt_tasks.errors import ConfigError, ContractError, RejectedError
@@ -260,6 +260,8 @@ def publish(
     """Complete a run, and point readers of the output to it; parameters are those of `complete`."""
     manifest = complete(run, receipts, row=row, labels=labels, started_at=started_at)
     storage.write_bytes(storage.join(run.output_uri, "published.json"), storage.read_bytes(run.manifest_uri))
+    milestones.rows_rejected(run.run_id, total(receipts))
+    milestones.published(run.run_id, run.output_uri)
     return manifest
 
 
@@ -283,6 +285,7 @@ def republish(run: RunRef) -> Manifest | None:
         data, published_uri = storage.read_bytes(run.manifest_uri), storage.join(run.output_uri, "published.json")
         if not storage.exists(published_uri) or storage.read_bytes(published_uri) != data:
             storage.write_bytes(published_uri, data)
+        milestones.published(run.run_id, run.output_uri, reused=True)
     return manifest
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from belt_tasks import publishing, score_planning, score_tables, shard_scoring
+from belt_tasks import milestones, publishing, score_planning, score_tables, shard_scoring
 from belt_tasks.export import export_predictions
 from belt_tasks.publishing import Manifest
 from belt_tasks.receipts import ShardReceipt, total
@@ -87,6 +87,7 @@ def complete(plan: ScorePlan, receipts: Sequence[ShardReceipt], *, corpus_uri: s
         raise AssertionError("a run that is not complete has both")
     if plan.spec.removed == "mark":
         change = change.model_copy(update={"marked_at": datetime.now(UTC).isoformat()})
+    milestones.rows_rejected(plan.run.run_id, planned.counts + total(receipts), num_rows=plan.num_rows)
     plan.check_rejected_share(total(receipts))
     return publishing.complete(
         plan.run,

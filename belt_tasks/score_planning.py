@@ -5,14 +5,24 @@ from and of everything that decides the result, so that a run that was killed is
 shown already is not done again.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
 import data_contracts
-from belt_tasks import comparison, inventory, planning, progress, publishing, score_tables, storage
+from belt_tasks import (
+    comparison,
+    inventory,
+    milestones,
+    planning,
+    progress,
+    publishing,
+    score_tables,
+    storage,
+    telemetry,
+)
 from belt_tasks import corpus as corpora
 from belt_tasks.changes import ChangeCounts
 from belt_tasks.comparison import Comparison, Question
@@ -23,6 +33,7 @@ from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt
 from belt_tasks.score_tables import Shown
 from belt_tasks.specs import CorpusSpec, ScoreSpec, Spec
 from belt_tasks.storage import StoredFile
+from belt_tasks.threads import Threads
 
 PLAN_KEY = "plan"  # in the place of a shard's key
 
@@ -101,19 +112,28 @@ def plan_scoring(
     output_uri = planning.open_run(output_uri, "", flow="score").output_uri
     shown = score_tables.finish(output_uri)
     base_version = None if shown is None else shown.version
+    if shown is not None:
+        telemetry.published(output_uri, datetime.fromisoformat(shown.manifest.run["finished_at"]))
     known = None if shown is None else comparison.read_sources(shown)
     comparison.check_evidence(asked, shown, known)
     if shown is not None and known is not None and comparison.is_current(asked, shown, known):
+        milestones.up_to_date(shown.run_id, "score")
         return ScorePlan(run=shown.run, manifest=shown.manifest, **_present(asked, base_version))
     run = RunRef(output_uri=output_uri, run_id=_run_id(asked, shown))
     plan = read_plan(run)
     if plan is None:
         plan = _plan_changes(asked, run, shown, known)
+        telemetry.rows_rejected(Counts() if plan.receipt is None else plan.receipt.counts)
     found = {"run": run, "manifest": publishing.find_complete(run)}
     plan = plan.model_copy(update=_present(asked, base_version) | found)
     if plan.manifest is None:
         plan.check_rejected_share(Counts())
         progress.advance("tokenize", 0, num_more=plan.num_rows_to_score)
+        milestones.planned(
+            run.run_id, "score", num_shards=len(plan.shards), num_rows=plan.num_rows_to_score, counts=plan.counts
+        )
+    else:
+        milestones.up_to_date(run.run_id, "score")
     return plan
 
 
@@ -175,7 +195,7 @@ def _write_rejected(run: RunRef, found: Comparison) -> ShardReceipt:
     counts = Counts()
     uris = sorted(found.reread & found.now.by_uri.keys())
     with (
-        ThreadPoolExecutor(inventory.NUM_THREADS) as threads,
+        Threads(inventory.NUM_THREADS) as threads,
         storage.parquet_writer(storage.join(run.output_uri, path), schema) as writer,
     ):
         for uri, rows in zip(uris, threads.map(found.now.rejected, uris), strict=True):
@@ -201,7 +221,7 @@ def _write_rows(run: RunRef, asked: Question, found: Comparison) -> tuple[ShardR
             storage.write_parquet(run.rows_uri(shard.key), pa.table({"row_index": pa.array(rows, pa.int64())}))
         return [shard for shard, _ in shards]
 
-    with ThreadPoolExecutor(inventory.NUM_THREADS) as threads:
+    with Threads(inventory.NUM_THREADS) as threads:
         parts = list(threads.map(write, [file for file in asked.files if file.uri in rows_to_score]))
     return tuple(shard for part in parts for shard in part)
 

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 
 import data_contracts
-from belt_tasks import delta_tables, lake, publishing, storage
+from belt_tasks import delta_tables, lake, milestones, publishing, storage
 from belt_tasks.delta_tables import TableRef
 from belt_tasks.errors import ConfigError, ConflictError
 from belt_tasks.lake import Change, Committed
@@ -138,6 +138,7 @@ def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None)
         _follow(run, evidence, _evidence_change(run, manifest))
     rejected = _change(run, manifest, "rejected", manifest.change.reread_path)
     _follow(run, table_at(run.output_uri, "rejected"), rejected)
+    milestones.published(run.run_id, run.output_uri, version=committed.version, reused=committed.reused)
     return PublishedTables(predictions_uri=predictions.uri, version=committed.version, reused=committed.reused)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from belt_tasks import evidence, heads, predictions, prepare, progress, publishing, score_store, storage
+from belt_tasks import evidence, heads, milestones, predictions, prepare, progress, publishing, score_store, storage
 from belt_tasks.checkpoint import cache
 from belt_tasks.corpus import ShardRef
 from belt_tasks.memory import give_back
@@ -60,6 +60,7 @@ class ScoredBlock:
     """What was scored, and what that took."""
 
 
+@milestones.of_shard("score")
 def score_shard(
     shard: ShardRef,
     corpus: CorpusSpec,

@@ -10,7 +10,6 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from obstore.exceptions import BaseError
 
 from belt_tasks import object_stores
 from belt_tasks.errors import ConfigError, TransientError
+from belt_tasks.threads import Threads
 
 NUM_THREADS = 8
 READ_BUFFER_BYTES = 2**20
@@ -275,7 +275,7 @@ def hive_partitions(uri: str) -> dict[str, str | None]:
 
 def remove_files(uris: Sequence[str]) -> None:
     """Remove objects; those that are gone already are no error."""
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
+    with Threads(NUM_THREADS) as threads:
         list(threads.map(_remove, uris))
 
 
@@ -283,6 +283,15 @@ def _remove(uri: str) -> None:
     with errors_of(f"remove {uri}"), suppress(FileNotFoundError):
         filesystem, path = _resolve(uri)
         filesystem.rm_file(path)
+
+
+def remove_empty_directories(uris: Sequence[str]) -> None:
+    """Remove local directories in order, those that are there and empty; stores have none."""
+    for uri in uris:
+        filesystem, path = _resolve(uri)
+        if isinstance(filesystem, LocalFileSystem):
+            with suppress(OSError):
+                Path(path).rmdir()
 
 
 def put_directory(local: Path, uri: str, *, last: str, names: Sequence[str] | None = None) -> None:

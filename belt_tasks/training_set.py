@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 import data_contracts
-from belt_tasks import prepare, progress, publishing, storage
+from belt_tasks import milestones, prepare, progress, publishing, storage
 from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, ShardWriter
@@ -74,6 +74,7 @@ def infer_task(column: pa.DataType, wanted: TaskKind | None) -> TaskKind | None:
     return wanted or (allowed[0] if len(allowed) == 1 else None)
 
 
+@milestones.of_shard("prepare")
 def prepare_shard(
     shard: ShardRef,
     corpus: CorpusSpec,

@@ -8,7 +8,7 @@ cores, each job's threads spin while they wait for the other's). On a GPU one th
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
 
 import joblib
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from belt_tasks.batches import MiniBatch
 from belt_tasks.engine import ChunkEncoder
+from belt_tasks.threads import Threads
 
 Int64 = npt.NDArray[np.int64]
 
@@ -64,7 +65,7 @@ def encode_all(
         if num_workers == 1:
             job.work()
             return job.result()
-        with ThreadPoolExecutor(num_workers, thread_name_prefix="encode") as pool:
+        with Threads(num_workers, thread_name_prefix="encode") as pool:
             try:
                 futures = [pool.submit(job.work) for _ in range(num_workers)]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)

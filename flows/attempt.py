@@ -12,8 +12,9 @@ from typing import Annotated
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from belt_tasks import progress
+from belt_tasks import logs, progress
 from belt_tasks.errors import ConfigError
+from flows.observation import observe
 from flows.storage_block import use_storage_block
 
 MOST_ATTEMPTS = 5
@@ -22,7 +23,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 @contextmanager
 def attempt(storage_block: str | None = None, time_limit_s: float | None = None) -> Iterator[None]:
-    """Configure the object stores, and see that the block ends in time.
+    """Configure logs, metrics and object stores, and see that the block ends in time.
 
     Args:
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
@@ -38,6 +39,7 @@ def attempt(storage_block: str | None = None, time_limit_s: float | None = None)
             f"this run was started {number - 1} times and did not end in order; find out why (memory is the usual "
             "reason: look at the worker's log) and start a new one, which goes on from the finished shards"
         )
+    observe()
     use_storage_block(storage_block)
-    with progress.deadline(time_limit_s):
+    with logs.about(flow_run_id=str(flow_run.get_id())), progress.deadline(time_limit_s):
         yield

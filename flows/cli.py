@@ -4,7 +4,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + the number of the signal that
 a traceback.
 """
 
+import functools
 import getpass
+import logging
 import os
 import signal
 import sys
@@ -19,9 +21,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from belt_tasks import progress, specs
+from belt_tasks import logs, progress, specs
 from belt_tasks.errors import BeltError, ConfigError
 from flows.local_server import local_server
+from flows.observation import LOG_FORMAT, observe_command
 from flows.options import (
     Checkpoint,
     ChunkConfig,
@@ -98,19 +101,32 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True)
 GO_ON = "Finished shards, if any, are kept; run the same command again to go on."
+log = logging.getLogger(__name__)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 @app.callback()
 def _main(
+    context: typer.Context,
     *,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Prefect's log and, of bugs, the traceback.")] = False,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            help="text, or json: belt's log as a JSON object a line on standard error, in the place of progress bars.",
+            metavar="<str>",
+            envvar=LOG_FORMAT,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune and score text encoders on documents longer than the encoder can read."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
     if "PREFECT_HOME" in os.environ:  # Prefect makes the last folder of the path only, and fails obscurely without
         Path(os.environ["PREFECT_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)
+    if context.invoked_subcommand != "doctor":  # which says what is wrong with it
+        with _user_errors():
+            observe_command(log_format, verbose=verbose)
 
 
 @app.command()
@@ -529,6 +545,37 @@ def demo(
     _print(summaries.demo_summary(**dict(result)))
 
 
+@app.command()
+def doctor(
+    corpus: Annotated[str | None, typer.Option(help="A corpus to read; any fsspec URL.", metavar="<str>")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A checkpoint to load.", metavar="<str>")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="An output to read, write, list and delete in.", metavar="<str>")
+    ] = None,
+    storage_block: StorageBlock = None,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Say it as one JSON document, for machines.")] = False,
+) -> None:
+    """Say whether this machine, its Prefect server and the places that are named are fit for belt, and what to do."""
+    with _user_errors():
+        from belt_tasks import doctor as examining  # noqa: PLC0415 - imports pyarrow
+
+        def of_prefect() -> list[examining.Check]:
+            from flows.doctor import prefect_checks  # noqa: PLC0415 - after the environment is set
+
+            return prefect_checks(storage_block)
+
+        places = functools.partial(examining.place_checks, corpus, checkpoint, output)
+        found = examining.examine("this machine", examining.machine_checks)
+        found += examining.examine("Prefect", of_prefect)  # before the places: a storage block is put to use
+        found += examining.examine("places", places)
+    if json:
+        typer.echo(examining.as_json(found))
+    else:
+        console.print(examining.as_text(found), markup=False, highlight=False)
+    raise typer.Exit(int(examining.has_problem(found)))
+
+
 def main() -> None:
     """Entry point of the `belt` command."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # leave in order: no temporary file stays
@@ -577,12 +624,12 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends within seconds, in order
-        errors.print(f"Interrupted. {GO_ON}")
+        _tell_end(f"Interrupted. {GO_ON}")
         raise typer.Exit(128 + signal.SIGINT) from None
     except SystemExit as error:
         if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
             with suppress(OSError):  # the terminal may be gone
-                errors.print(f"Terminated. {GO_ON}")
+                _tell_end(f"Terminated. {GO_ON}")
         raise
 
 
@@ -596,14 +643,28 @@ def _who(given: str | None) -> str:
         raise WrongUsageError("--who: this system's user has no name; say who you are, or set BELT_USER") from None
 
 
+def _tell_end(words: str) -> None:
+    if logs.writes_json():
+        log.warning(words)
+    else:
+        errors.print(words)
+
+
 def _complain(message: str) -> None:
+    if logs.writes_json():
+        log.error(message)
+        return
     errors.print("[red]Error:[/red]", end=" ")
     errors.print(message, markup=False)
 
 
 @contextmanager
 def _running() -> Iterator[None]:
-    """A Prefect server to run against; progress bars on a terminal, a line now and then elsewhere."""
+    """A Prefect server to run against; progress bars on a terminal, a line now and then elsewhere, or the log."""
+    if logs.writes_json():
+        with local_server():
+            yield
+        return
     with local_server(), ProgressBars(errors) as bars, progress.listen(bars.advance, bars.say):
         yield
 

@@ -37,7 +37,7 @@ def local_server() -> Iterator[None]:
         ConfigError: PREFECT_API_URL leads nowhere.
     """
     if "PREFECT_API_URL" in os.environ:
-        _check(os.environ["PREFECT_API_URL"])
+        check_answers(os.environ["PREFECT_API_URL"])
         yield
         return
     with socket.create_server(("127.0.0.1", 0)) as listening:  # the server takes it over: no port is guessed
@@ -64,8 +64,12 @@ def local_server() -> Iterator[None]:
     yield
 
 
-def _check(url: str) -> None:
-    """See that a configured server answers, whatever it says."""
+def check_answers(url: str) -> None:
+    """See that a configured server answers, whatever it says.
+
+    Raises:
+        ConfigError: it does not.
+    """
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=CHECK_S):  # noqa: S310 - the user's own
             pass

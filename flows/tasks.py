@@ -23,6 +23,7 @@ from belt_tasks import (
     export,
     fine_tuning,
     maintenance,
+    milestones,
     planning,
     preview,
     progress,
@@ -53,7 +54,9 @@ def only_transient(_task: Task[..., Any], run: TaskRun, state: State[Any]) -> bo
     error = state.result(raise_on_failure=False)
     if not isinstance(error, TransientError):
         return False
-    progress.say(f"{error}; trying again in {RETRY_DELAYS_S[run.run_count - 1]:.0f} seconds")
+    delay_s = RETRY_DELAYS_S[run.run_count - 1]
+    progress.say(f"{error}; trying again in {delay_s:.0f} seconds")
+    milestones.tried_again(error, delay_s=delay_s)
     return True
 
 

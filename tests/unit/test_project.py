@@ -82,7 +82,12 @@ def _closure():
 def test_every_dependency_is_used():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {normalised(re.split(r"[<>=\[; ]", text)[0]) for text in project["dependencies"]}
-    modules = {"fastapi": None, "pyyaml": "yaml", "scikit-learn": "sklearn"}  # fastapi is a pin for Prefect alone
+    modules = {
+        "fastapi": None,
+        "pyyaml": "yaml",
+        "python-json-logger": "pythonjsonlogger",
+        "scikit-learn": "sklearn",
+    }  # fastapi is a pin for Prefect alone
     source = "\n".join(
         path.read_text()
         for folder in ("flows", "belt_tasks", "data_contracts")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from belt_tasks import pipeline
 from belt_tasks.pipeline import ahead, behind
+from belt_tasks.threads import Threads
 
 pytestmark = pytest.mark.usefixtures("living_threads")  # no test may leave a thread behind
 
@@ -39,7 +40,7 @@ def raising(expected):
     assert found is expected
 
 
-class WatchedPool(futures.ThreadPoolExecutor):
+class WatchedPool(Threads):
     """Says what it was given to do, and when the block in which it works has been left."""
 
     def __init__(self, *arguments, **options):
@@ -64,7 +65,7 @@ def pools(monkeypatch):
         made.append(WatchedPool(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", make)
+    monkeypatch.setattr(pipeline, "Threads", make)
     return made
 
 

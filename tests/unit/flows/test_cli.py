@@ -53,6 +53,7 @@ def test_commands():
         "rollback",
         "promote",
         "models",
+        "doctor",
     }
 
 

@@ -1,0 +1,47 @@
+"""Observation: where logs and metrics of this process go, by its environment. Commands and flow runs begin with it.
+
+BELT_LOG_FORMAT=json writes belt's records as JSON lines. PREFECT_LOGGING_EXTRA_LOGGERS=belt_tasks sends them to
+Prefect, which shows them with the flow run. For metrics see `belt_tasks.telemetry`.
+"""
+
+import logging
+import os
+
+from belt_tasks import logs, milestones, telemetry
+
+EXTRA_LOGGERS = "PREFECT_LOGGING_EXTRA_LOGGERS"
+LOG_FORMAT = "BELT_LOG_FORMAT"
+
+
+def observe(log_format: str | None = None) -> None:
+    """See that milestones reach those who asked for them; done again, nothing changes.
+
+    Args:
+        log_format: text or json; None takes that of the environment.
+
+    Raises:
+        ConfigError: there is no such format, or a variable of metrics is wrong.
+    """
+    if logs.checked_format(log_format or os.environ.get(LOG_FORMAT) or "text") == "json":
+        logs.write_json()
+    if goes_to_prefect():  # which copies handlers to the loggers, but no level
+        logging.getLogger("belt_tasks").setLevel(logging.INFO)
+    telemetry.start()
+
+
+def observe_command(log_format: str | None, *, verbose: bool) -> None:
+    """As `observe`, for a command, which draws its progress and says how it ended: its log is quiet unless asked for.
+
+    Raises:
+        ConfigError: there is no such format, or a variable of metrics is wrong.
+    """
+    observe(log_format)
+    if verbose:
+        logging.getLogger("belt_tasks").setLevel(logging.INFO)
+    is_quiet = not (verbose or logs.writes_json() or goes_to_prefect())
+    milestones.log.setLevel(logging.CRITICAL if is_quiet else logging.NOTSET)
+
+
+def goes_to_prefect() -> bool:
+    """Whether Prefect gets belt's records."""
+    return "belt_tasks" in [name.strip() for name in os.environ.get(EXTRA_LOGGERS, "").split(",")]
