@@ -15,6 +15,7 @@ Selection = Literal["all", "head", "head_tail", "random_k"]
 Evidence = Literal["none", "top", "all"]
 Removed = Literal["delete", "mark"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Runner = Literal["threads", "ray"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -248,3 +249,22 @@ class TrainSpec(Spec):
 
     seed: int = Field(default=0, ge=0)
     """Seed of the head's weights, dropout and the order of documents."""
+
+
+class RaySpec(Spec):
+    """Where shards are scored under `runner: ray`. It decides how long a run takes, never its result."""
+
+    address: str | None = None
+    """ray://HOST:10001 or, on a node of the cluster, HOST:6379; None starts a private cluster on this machine."""
+
+    num_workers: int | None = Field(default=None, ge=1)
+    """Processes that score a shard each; None takes as many as the cluster has room for when the run begins."""
+
+    num_cpus: int = Field(default=1, ge=1)
+    """Cores of each worker: they tokenize, and encode where there is no GPU."""
+
+    num_gpus: float = Field(default=0.0, ge=0.0, le=1.0)
+    """GPUs of each worker: 1, or a fraction for workers that share one; 0 takes none."""
+
+    start_timeout_s: float = Field(default=300.0, gt=0.0)
+    """Seconds to wait until the cluster has room for a first worker."""
