@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from belt_tasks import progress
+from belt_tasks.errors import BeltError
 
 ItemT = TypeVar("ItemT")
 
@@ -89,7 +90,8 @@ class RemoteWorker:
         try:
             return function(*arguments, **named)
         except Exception as error:  # noqa: BLE001 - raised again where the flow runs
-            error.add_note("".join(traceback.format_exception(error)))  # tracebacks cannot travel
+            if not isinstance(error, BeltError):  # a bug: tracebacks cannot travel
+                error.add_note("".join(traceback.format_exception(error)))
             return Raised(error=_that_travels(error))
 
     def report(self) -> Report:

@@ -254,7 +254,7 @@ class TrainSpec(Spec):
 class RaySpec(Spec):
     """Where shards are scored under `runner: ray`. It decides how long a run takes, never its result."""
 
-    address: str | None = None
+    address: str | None = Field(default=None, pattern=r"^(ray://)?\S+:\d+$")
     """ray://HOST:10001 or, on a node of the cluster, HOST:6379; None starts a private cluster on this machine."""
 
     num_workers: int | None = Field(default=None, ge=1)

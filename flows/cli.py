@@ -22,6 +22,7 @@ from belt_tasks import progress, specs
 from belt_tasks.errors import BeltError
 from flows.local_server import local_server
 from flows.options import (
+    Address,
     Checkpoint,
     ChunkConfig,
     ChunkSeed,
@@ -41,8 +42,11 @@ from flows.options import (
     MaximalTextLength,
     MaxRejectedShare,
     MinimalChunkLength,
+    NumCpus,
     NumEvidenceChunks,
+    NumGpus,
     NumRandomChunks,
+    NumWorkers,
     Output,
     OwnChunkSeed,
     OwnChunkSize,
@@ -58,10 +62,13 @@ from flows.options import (
     PoolingStrategy,
     PublishEvery,
     Removed,
+    Runner,
+    ScoreConfig,
     ScorePrecision,
     Selection,
     Split,
     SplitColumn,
+    StartTimeoutS,
     StorageBlock,
     Stride,
     TextColumn,
@@ -102,7 +109,7 @@ def score(
     corpus: Corpus,
     checkpoint: Checkpoint,
     output: Output,
-    config: Config = None,
+    config: ScoreConfig = None,
     id_column: IdColumn = None,
     text_column: TextColumn = None,
     split_column: SplitColumn = None,
@@ -130,6 +137,12 @@ def score(
     removed: Removed = None,
     publish_every: PublishEvery = None,
     storage_block: StorageBlock = None,
+    runner: Runner = "threads",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    num_cpus: NumCpus = None,
+    num_gpus: NumGpus = None,
+    start_timeout_s: StartTimeoutS = None,
     *,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be scored, and how long it would take.")
@@ -138,7 +151,8 @@ def score(
     """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec = _score_specs(options)
+        ray = _ray_spec(options)
+        columns, spec = _score_specs(options, sections=("corpus", "spec", "ray"))
         if dry_run:
             with _running():
                 from flows.preview import preview  # noqa: PLC0415 - after the environment is set
@@ -151,7 +165,7 @@ def score(
         with _running():
             from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest = flow(corpus, checkpoint, output, columns, spec, storage_block)
+            manifest = flow(corpus, checkpoint, output, columns, spec, storage_block, runner=runner, ray=ray)
             from belt_tasks import run_list, summaries  # noqa: PLC0415 - imports torch
 
             steps = run_list.earlier_steps(manifest)
@@ -413,10 +427,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec]:
+def _score_specs(
+    options: dict[str, Any], sections: tuple[str, ...] = ("corpus", "spec")
+) -> tuple[specs.CorpusSpec, specs.ScoreSpec]:
     """Specs for scoring; single window or pooling options change the checkpoint's, not the built-in defaults."""
-    sections = read_config(options["config"], sections=("corpus", "spec"))
-    columns = build(specs.CorpusSpec, options, sections, section="corpus")
+    config = read_config(options["config"], sections=sections)
+    columns = build(specs.CorpusSpec, options, config, section="corpus")
     if options["storage_block"] is not None:
         with local_server():
             from flows.storage_block import use_storage_block  # noqa: PLC0415 - after the environment is set
@@ -426,7 +442,18 @@ def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.Score
 
     card = checkpoint.read_card(checkpoint.resolve(options["checkpoint"]))
     base = {} if card is None else {"chunks": card.chunks.model_dump(), "pooling": card.pooling.model_dump()}
-    return columns, build(specs.ScoreSpec, options, sections, section="spec", base=base)
+    return columns, build(specs.ScoreSpec, options, config, section="spec", base=base)
+
+
+def _ray_spec(options: dict[str, Any]) -> specs.RaySpec:
+    """The cluster; what says something of it goes with the runner that has one."""
+    config = read_config(options["config"], sections=("corpus", "spec", "ray"))
+    given = [name for name in specs.RaySpec.model_fields if options[name] is not None]
+    if given and options["runner"] != "ray":
+        raise WrongUsageError(
+            f"--{given[0].replace('_', '-')} goes with --runner ray, got --runner {options['runner']}"
+        )
+    return build(specs.RaySpec, options, config, section="ray")
 
 
 @contextmanager

@@ -67,6 +67,10 @@ Encoder = Annotated[str, typer.Option(help="Local directory or Hugging Face name
 Config = Annotated[
     Path | None, typer.Option(help="YAML file with the flow's specs, in sections corpus and spec; options override it.")
 ]
+ScoreConfig = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with the flow's specs, in sections corpus, spec and ray; options override it."),
+]
 ChunkConfig = Annotated[
     Path | None,
     typer.Option(help="YAML file with the flow's specs, in sections corpus and chunks; options override it."),
@@ -100,6 +104,16 @@ Export = Annotated[bool | None, option(specs.ScoreSpec, "export")]
 Full = Annotated[bool | None, option(specs.ScoreSpec, "full")]
 Removed = Annotated[str | None, option(specs.ScoreSpec, "removed")]
 PublishEvery = Annotated[str | None, option(specs.ScoreSpec, "publish_every")]
+
+Runner = Annotated[
+    specs.Runner,
+    typer.Option(help="Score one shard after the other in this process, or many at once on a Ray cluster."),
+]
+Address = Annotated[str | None, option(specs.RaySpec, "address")]
+NumWorkers = Annotated[str | None, option(specs.RaySpec, "num_workers")]
+NumCpus = Annotated[str | None, option(specs.RaySpec, "num_cpus")]
+NumGpus = Annotated[str | None, option(specs.RaySpec, "num_gpus")]
+StartTimeoutS = Annotated[str | None, option(specs.RaySpec, "start_timeout_s")]
 
 # scoring takes from the checkpoint what is left out
 OWN = "the checkpoint's"

@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -35,6 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 POLL_S = 0.5
+CONNECT_S = 10.0
 STOP_S = 5.0  # a stage that is asked to end does so after its present mini-batch
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes: what travels is small
 NUM_THREADS = 3  # of a worker: one that works, and those that are asked for a report or told to stop
@@ -194,7 +196,10 @@ def _cluster(spec: RaySpec) -> Iterator[None]:
 def _connect(address: str) -> None:
     import ray  # noqa: PLC0415 - optional, and takes a second
 
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_S):  # Ray itself would try for minutes
+            pass
         ray.init(address, log_to_driver=False, configure_logging=False, namespace="belt")
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConfigError(f"ray: cannot connect to a cluster at {address}: {_reason(error)}") from None
