@@ -125,5 +125,5 @@ def _that_travels(error: Exception) -> Exception:
     try:
         pickle.dumps(copy.copy(error))  # a copy is made as the other side would make it
     except Exception:  # noqa: BLE001 - whatever its class does
-        return RuntimeError(f"{type(error).__qualname__}: {error}")
+        return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -9,6 +9,7 @@ its progress and its log, and ends it when the flow is stopped or its time is ov
 import logging
 import os
 import queue
+import secrets
 import signal
 import socket
 import tempfile
@@ -37,6 +38,7 @@ R = TypeVar("R")
 
 POLL_S = 0.5
 CONNECT_S = 10.0
+MOST_CONNECTS = 3
 STOP_S = 5.0  # a stage that is asked to end does so after its present mini-batch
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes: what travels is small
 NUM_THREADS = 3  # of a worker: one that works, and those that are asked for a report or told to stop
@@ -197,12 +199,18 @@ def _connect(address: str) -> None:
     import ray  # noqa: PLC0415 - optional, and takes a second
 
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=CONNECT_S):  # Ray itself would try for minutes
-            pass
-        ray.init(address, log_to_driver=False, configure_logging=False, namespace="belt")
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"ray: cannot connect to a cluster at {address}: {_reason(error)}") from None
+    for attempt in range(MOST_CONNECTS):
+        try:
+            with socket.create_connection((host, int(port)), timeout=CONNECT_S):  # Ray itself would try for minutes
+                pass
+            ray.init(address, log_to_driver=False, configure_logging=False, namespace="belt")
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            ray.shutdown()
+            # on a busy head the process that serves a new client may fail to start, and the next one does
+            if isinstance(error, ConnectionAbortedError) and attempt + 1 < MOST_CONNECTS:
+                continue
+            raise ConfigError(f"ray: cannot connect to a cluster at {address}: {_reason(error)}") from None
+        return
 
 
 @contextmanager
@@ -212,6 +220,10 @@ def _private_cluster(spec: RaySpec) -> Iterator[None]:
     from ray._private import ray_constants  # noqa: PLC0415 - optional, and takes a second
 
     num_cpus = spec.num_workers * spec.num_cpus if spec.num_workers else max(joblib.cpu_count(), spec.num_cpus)
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
+            32
+        )  # of this process; Ray would keep one in the home directory
     # where sockets are, so the path must be short
     folder = tempfile.TemporaryDirectory(prefix="belt-ray-", dir="/tmp", ignore_cleanup_errors=True)
     clusters = ray_constants.ENABLE_RAY_CLUSTER
