@@ -10,6 +10,7 @@ A finished `AutoModelForSequenceClassification` directory is a checkpoint too, w
 """
 
 import hashlib
+import logging
 import tempfile
 import threading
 from collections import OrderedDict
@@ -28,6 +29,8 @@ from belt_tasks.engine import ChunkEncoder, build_encoder
 from belt_tasks.errors import ConfigError
 from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Precision, Spec
 from belt_tasks.tokens import DocumentTokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 CARD_NAME = "belt.json"
 HEAD_NAME = "head.safetensors"
@@ -222,6 +225,7 @@ class CheckpointCache:
                     raise ConfigError(
                         f"{uri}: the checkpoint changed during the run, from {digest} to {checkpoint.digest}"
                     )
+                log.info("loaded checkpoint %s, digest %s", uri, digest)
                 self._kept[key] = checkpoint
                 while len(self._kept) > NUM_KEPT:
                     self._kept.popitem(last=False)

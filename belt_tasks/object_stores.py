@@ -115,6 +115,12 @@ def configure(options: Mapping[str, Options]) -> None:
         filesystem.cache_clear()
 
 
+def configured() -> dict[str, dict[str, str]]:
+    """What `configure` set, to configure another process alike; it may hold secrets."""
+    with _lock:
+        return {family: dict(values) for family, values in _configured.items()}
+
+
 def options(protocol: str) -> dict[str, str]:
     """What is configured for a protocol beside the environment, in the store's names.
 

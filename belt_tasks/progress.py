@@ -32,6 +32,18 @@ def advance(stage: str, num_done: int, *, num_more: int | None = None) -> None:
         StoppedError: `stop` was called, and this is not the main thread.
         DeadlineError: a `deadline` has passed.
     """
+    check(stage)
+    for listener in _listeners:
+        listener(stage, num_done, num_more)
+
+
+def check(stage: str) -> None:
+    """End here if the stage should; for whoever waits for a stage that runs elsewhere.
+
+    Raises:
+        StoppedError: `stop` was called, and this is not the main thread.
+        DeadlineError: a `deadline` has passed.
+    """
     for at, seconds in _deadlines:
         if time.monotonic() > at:
             raise DeadlineError(
@@ -40,8 +52,6 @@ def advance(stage: str, num_done: int, *, num_more: int | None = None) -> None:
             )
     if _stopping.is_set() and threading.current_thread() is not threading.main_thread():
         raise StoppedError(f"{stage}: stopped before its end")
-    for listener in _listeners:
-        listener(stage, num_done, num_more)
 
 
 def say(words: str) -> None:

@@ -18,6 +18,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Metric = Literal[
     "accuracy", "macro_f1", "micro_f1", "subset_accuracy", "auc", "log_loss", "mse", "mae", "r2", "spearman"
 ]
+Runner = Literal["threads", "ray"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -310,3 +311,22 @@ class GateSpec(Spec):
 
     max_slowdown: float | None = Field(default=None, ge=0.0)
     """Share by which the challenger's encoder may take longer for a document; both on the same device."""
+
+
+class RaySpec(Spec):
+    """Where shards are scored under `runner: ray`. It decides how long a run takes, never its result."""
+
+    address: str | None = Field(default=None, pattern=r"^(ray://)?\S+:\d+$")
+    """ray://HOST:10001 or, on a node of the cluster, HOST:6379; None starts a private cluster on this machine."""
+
+    num_workers: int | None = Field(default=None, ge=1)
+    """Processes that score a shard each; None takes as many as the cluster has room for when the run begins."""
+
+    num_cpus: int = Field(default=1, ge=1)
+    """Cores of each worker: they tokenize, and encode where there is no GPU."""
+
+    num_gpus: float = Field(default=0.0, ge=0.0, le=1.0)
+    """GPUs of each worker: 1, or a fraction for workers that share one; 0 takes none."""
+
+    start_timeout_s: float = Field(default=300.0, gt=0.0)
+    """Seconds to wait until the cluster has room for a first worker."""

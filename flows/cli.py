@@ -26,6 +26,7 @@ from belt_tasks.errors import BeltError, ConfigError
 from flows.local_server import local_server
 from flows.observation import LOG_FORMAT, observe_command
 from flows.options import (
+    Address,
     Checkpoint,
     ChunkConfig,
     ChunkSeed,
@@ -55,9 +56,12 @@ from flows.options import (
     MinGain,
     MinimalChunkLength,
     MinRecall,
+    NumCpus,
     NumEvidenceChunks,
+    NumGpus,
     NumRandomChunks,
     NumResamples,
+    NumWorkers,
     Output,
     OwnChunkSeed,
     OwnChunkSize,
@@ -75,11 +79,13 @@ from flows.options import (
     Registry,
     Removed,
     ResamplingSeed,
+    Runner,
     ScoreConfig,
     ScorePrecision,
     Selection,
     Split,
     SplitColumn,
+    StartTimeoutS,
     StorageBlock,
     Stride,
     TextColumn,
@@ -102,6 +108,8 @@ app = typer.Typer(
 console = Console(soft_wrap=True)
 GO_ON = "Finished shards, if any, are kept; run the same command again to go on."
 log = logging.getLogger(__name__)
+EVALUATE_SECTIONS = ("corpus", "spec", "drift")
+SCORE_SECTIONS = (*EVALUATE_SECTIONS, "ray")
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -162,6 +170,12 @@ def score(
     removed: Removed = None,
     publish_every: PublishEvery = None,
     storage_block: StorageBlock = None,
+    runner: Runner = "threads",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    num_cpus: NumCpus = None,
+    num_gpus: NumGpus = None,
+    start_timeout_s: StartTimeoutS = None,
     *,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be scored, and how long it would take.")
@@ -170,7 +184,8 @@ def score(
     """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with _user_errors():
-        columns, spec, drift, checkpoint = _score_specs(options)
+        ray = _ray_spec(options)
+        columns, spec, drift, checkpoint = _score_specs(options, sections=SCORE_SECTIONS)
         if dry_run:
             with _running():
                 from flows.preview import preview  # noqa: PLC0415 - after the environment is set
@@ -183,7 +198,9 @@ def score(
         with _running():
             from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest = flow(corpus, checkpoint, output, columns, spec, storage_block, drift=drift)
+            manifest = flow(
+                corpus, checkpoint, output, columns, spec, storage_block, drift=drift, runner=runner, ray=ray
+            )
             from belt_tasks import run_list, summaries  # noqa: PLC0415 - imports torch
             from belt_tasks.publishing import RunRef  # noqa: PLC0415 - imports torch
             from belt_tasks.report import read_report  # noqa: PLC0415 - imports torch
@@ -591,11 +608,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.ScoreSpec, specs.DriftSpec, str]:
+def _score_specs(
+    options: dict[str, Any], sections: tuple[str, ...] = EVALUATE_SECTIONS
+) -> tuple[specs.CorpusSpec, specs.ScoreSpec, specs.DriftSpec, str]:
     """Specs for scoring, and the checkpoint; window or pooling options change its own, not the built-in defaults."""
-    sections = read_config(options["config"], sections=("corpus", "spec", "drift"))
-    columns = build(specs.CorpusSpec, options, sections, section="corpus")
-    drift = build(specs.DriftSpec, {}, sections, section="drift")
+    config = read_config(options["config"], sections=sections)
+    columns = build(specs.CorpusSpec, options, config, section="corpus")
+    drift = build(specs.DriftSpec, {}, config, section="drift")
     if options["storage_block"] is not None:
         with local_server():
             from flows.storage_block import use_storage_block  # noqa: PLC0415 - after the environment is set
@@ -606,8 +625,19 @@ def _score_specs(options: dict[str, Any]) -> tuple[specs.CorpusSpec, specs.Score
     checkpoint_uri = checkpoint.resolve(options["checkpoint"])
     card = checkpoint.read_card(checkpoint_uri)
     base = {} if card is None else {"chunks": card.chunks.model_dump(), "pooling": card.pooling.model_dump()}
-    spec = build(specs.ScoreSpec, options, sections, section="spec", base=base)
+    spec = build(specs.ScoreSpec, options, config, section="spec", base=base)
     return columns, spec, drift, checkpoint_uri
+
+
+def _ray_spec(options: dict[str, Any]) -> specs.RaySpec:
+    """The cluster; what says something of it goes with the runner that has one."""
+    config = read_config(options["config"], sections=SCORE_SECTIONS)
+    given = [name for name in specs.RaySpec.model_fields if options[name] is not None]
+    if given and options["runner"] != "ray":
+        raise WrongUsageError(
+            f"--{given[0].replace('_', '-')} goes with --runner ray, got --runner {options['runner']}"
+        )
+    return build(specs.RaySpec, options, config, section="ray")
 
 
 @contextmanager

@@ -71,7 +71,9 @@ Config = Annotated[
 ]
 ScoreConfig = Annotated[
     Path | None,
-    typer.Option(help="YAML file with the flow's specs, in sections corpus, spec and drift; options override it."),
+    typer.Option(
+        help="YAML file with the flow's specs, in sections corpus, spec, drift and, of score, ray; options override it."
+    ),
 ]
 ChunkConfig = Annotated[
     Path | None,
@@ -128,6 +130,15 @@ MaxRecallDrop = Annotated[str | None, option(specs.GateSpec, "max_recall_drop")]
 MaxEce = Annotated[str | None, option(specs.GateSpec, "max_ece")]
 MaxEceIncrease = Annotated[str | None, option(specs.GateSpec, "max_ece_increase")]
 MaxSlowdown = Annotated[str | None, option(specs.GateSpec, "max_slowdown")]
+Runner = Annotated[
+    specs.Runner,
+    typer.Option(help="Score one shard after the other in this process, or many at once on a Ray cluster."),
+]
+Address = Annotated[str | None, option(specs.RaySpec, "address")]
+NumWorkers = Annotated[str | None, option(specs.RaySpec, "num_workers")]
+NumCpus = Annotated[str | None, option(specs.RaySpec, "num_cpus")]
+NumGpus = Annotated[str | None, option(specs.RaySpec, "num_gpus")]
+StartTimeoutS = Annotated[str | None, option(specs.RaySpec, "start_timeout_s")]
 
 # scoring takes from the checkpoint what is left out
 OWN = "the checkpoint's"

@@ -7,8 +7,8 @@ from prefect.artifacts import create_markdown_artifact
 
 from belt_tasks import run_list, summaries
 from belt_tasks.publishing import Manifest
-from belt_tasks.specs import CorpusSpec, DriftSpec, ScoreSpec
-from flows import events, tasks
+from belt_tasks.specs import CorpusSpec, DriftSpec, RaySpec, Runner, ScoreSpec
+from flows import events, runners, tasks
 from flows.attempt import Seconds, attempt
 
 
@@ -22,6 +22,8 @@ def score(
     storage_block: str | None = None,
     time_limit_s: Seconds | None = None,
     drift: DriftSpec = DriftSpec(),
+    runner: Runner = "threads",
+    ray: RaySpec = RaySpec(),
 ) -> Manifest:
     """Score what is new or changed in a corpus and publish it; killed and started again, it goes on where it was.
 
@@ -35,17 +37,19 @@ def score(
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
         time_limit_s: seconds after which it ends, to be taken up again by the next attempt; None is no limit.
         drift: how far the run may be from the first whole scoring by the same rules before an event tells of it.
+        runner: `threads` scores one shard after the other in this process; `ray` many at once, on a Ray cluster.
+        ray: the cluster and its workers.
     """
-    with attempt(storage_block, time_limit_s):
+    with attempt(storage_block, time_limit_s), runners.scoring(runner, ray) as stages:
         asked_at = datetime.now(UTC)
         while True:
             started_at = datetime.now(UTC)
-            plan = tasks.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
+            plan = stages.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
             checkpoint_uri = plan.checkpoint_uri  # an alias that moves meanwhile changes nothing
             manifest = plan.manifest
             if manifest is None:
                 receipts = tasks.gather(
-                    tasks.score_shard.map(
+                    stages.score_shards(
                         list(plan.shards),
                         unmapped(corpus),
                         unmapped(plan.spec),

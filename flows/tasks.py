@@ -78,7 +78,8 @@ plan_fine_tuning = bind(planning.plan_fine_tuning)
 plan_evaluation = bind(planning.plan_evaluation)
 
 preview_scoring = bind(preview.preview_scoring)
-score_shard = bind(shard_scoring.score_shard, task_run_name="score-{shard.key}")
+SCORE_SHARD_NAME = "score-{shard.key}"
+score_shard = bind(shard_scoring.score_shard, task_run_name=SCORE_SHARD_NAME)
 chunk_shard = bind(chunks.chunk_shard, task_run_name="chunk-{shard.key}")
 prepare_shard = bind(training_set.prepare_shard, task_run_name="prepare-{shard.key}")
 fine_tune_prepared = bind(fine_tuning.fine_tune_prepared)
