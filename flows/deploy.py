@@ -62,7 +62,7 @@ class DeploySettings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """What prefect.yaml refers to."""
         values = self.model_dump(exclude={"storage_options", "alert_block"})
-        values["checkpoint_uri"] = self.checkpoint_uri or f"{self.models_uri}/fine-tuned"
+        values["checkpoint_uri"] = self.checkpoint_uri or f"{self.models_uri}/registry@champion"
         return {f"BELT_{name.upper()}": value for name, value in values.items()}
 
 

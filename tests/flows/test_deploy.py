@@ -19,6 +19,7 @@ DEPLOYMENTS = {
     "preview/preview",
     "evaluate/evaluate",
     "fine-tune/fine-tune",
+    "promote/promote",
     "watch/watch-labels",
     "maintain/maintenance",
 }
@@ -78,6 +79,7 @@ def test_deployed_twice_everything_is_there_once(deployed, client):
     assert sorted(each.name for each in client.read_automations()) == [
         "belt: a run that crashed goes on",
         "belt: a run whose process is gone has crashed",
+        "belt: fine-tuned, so promote",
         "belt: new labels, so fine-tune",
         "belt: scores drift, so fine-tune",
     ]
@@ -101,7 +103,7 @@ def test_those_who_want_to_be_told_are(deployed, client):
 
     actions = {each.name: each.actions[0].type for each in client.read_automations()}
     assert sorted(actions.values()) == sorted(
-        ["change-flow-run-state"] * 2 + ["send-notification"] * 2 + ["run-deployment"] * 2
+        ["change-flow-run-state"] * 2 + ["send-notification"] * 2 + ["run-deployment"] * 3
     )
     with pytest.raises(ConfigError, match=r"no block 'slack-webhook/nobody' on this Prefect server"):
         deploy(DeploySettings(**settings, alert_block="slack-webhook/nobody"))

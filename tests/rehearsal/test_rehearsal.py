@@ -21,7 +21,7 @@ import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from belt_tasks import score_tables
+from belt_tasks import registry, score_tables
 from belt_tasks.score_corpus import score_corpus
 from deployments import stack as stacks
 from tests.integration.fault_runs import assert_same, comparable, entity_tags, finished_objects, read
@@ -126,8 +126,10 @@ def test_a_stack_that_runs_is_brought_up_to_date_and_nothing_doubles(rehearsal, 
     deployments = rehearsal.ask(lambda client: client.read_deployments())
     automations = rehearsal.ask(lambda client: client.read_automations())
 
-    assert Counter(each.name for each in deployments) == Counter(name.partition("/")[2] for name in DEPLOYMENTS)
-    assert len({each.name for each in automations}) == len(automations) == 6
+    assert Counter(each.name for each in deployments) == Counter(
+        ["promote", *(name.partition("/")[2] for name in DEPLOYMENTS)]
+    )
+    assert len({each.name for each in automations}) == len(automations) == 7
 
 
 def test_each_deployment_runs_when_it_is_triggered(rehearsal, stores, expected):  # noqa: ARG001
@@ -141,19 +143,23 @@ def test_each_deployment_runs_when_it_is_triggered(rehearsal, stores, expected):
     assert_same(read("s3://belt/on-demand", "predictions"), expected)
 
 
-def test_new_labels_start_a_retraining_once(rehearsal):
+def test_new_labels_start_a_retraining_once_and_its_model_is_promoted(rehearsal, stores):  # noqa: ARG001
+    """Two fine-tunings were completed, one by hand and one for the labels: each is followed by a comparison."""
     found: list[Any] = []
 
-    def is_there() -> bool:
+    def all_ended() -> bool:
         found[:] = [
             run
             for run in rehearsal.ask(lambda client: client.read_flow_runs())
             if run.created_by is not None and run.created_by.type == "AUTOMATION"
         ]
-        return bool(found) and found[0].state.name == "Completed"
+        return len(found) >= 3 and all(run.state.is_final() for run in found)
 
-    wait_until(is_there, lambda: f"{found}\n{rehearsal.logs()}")
-    assert [run.name for run in found] == ["fine-tune s3://belt/labelled"]
+    wait_until(all_ended, lambda: f"{found}\n{rehearsal.logs()}")
+    assert Counter(run.name.partition(" ")[0] for run in found) == {"fine-tune": 1, "promote": 2}
+    assert {run.state.name for run in found} == {"Completed"}
+    champion = registry.aliases(registry.history("s3://belt/models/registry"))["champion"]
+    assert champion.why
 
 
 def test_wrong_parameters_are_refused_by_the_command_line(rehearsal):
