@@ -113,7 +113,7 @@ CHUNKS, POOLING, BATCHES = specs.ChunkSpec, specs.PoolingSpec, specs.BatchSpec
 @pytest.mark.parametrize(
     ("command", "specifications", "left_out"),
     [
-        ("score", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES], {"label_column"}),
+        ("score", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES, specs.RaySpec], {"label_column"}),
         ("evaluate", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES], set()),
         ("fine-tune", [specs.CorpusSpec, specs.TrainSpec, CHUNKS, POOLING, BATCHES], set()),
         ("chunk", [specs.CorpusSpec, CHUNKS], {"label_column"}),
@@ -136,9 +136,26 @@ def test_every_field_has_an_option_and_every_option_a_field(command, specificati
         "config",
         "storage_block",
         "dry_run",
+        "runner",
     }
 
     assert options_of(command) - paths == fields - left_out
+
+
+def test_options_of_a_cluster_go_with_its_runner(tmp_path):
+    arguments = ["score", "corpus", "--checkpoint", "model", "--output", str(tmp_path / "out")]
+
+    code, _, said = belt(*arguments, "--num-workers", "2")
+    assert (code, said) == (2, "Error: --num-workers goes with --runner ray, got --runner threads\n")
+    code, _, said = belt(*arguments, "--runner", "ray", "--num-gpus", "2")
+    assert (code, said) == (2, "Error: --num-gpus: input should be less than or equal to 1, got '2'\n")
+    code, _, said = belt(*arguments, "--runner", "ray", "--address", "head")
+    assert code == 2
+    assert said.startswith("Error: --address: string should match pattern")
+    code, _, said = belt(*arguments, "--runner", "spark")
+    assert code == 2
+    assert "'threads', 'ray'" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_win_over_the_config_file_and_the_config_file_over_the_base():
