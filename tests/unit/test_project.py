@@ -87,7 +87,7 @@ def test_every_dependency_is_used():
         "pyyaml": "yaml",
         "python-json-logger": "pythonjsonlogger",
         "scikit-learn": "sklearn",
-    }  # fastapi is a pin for Prefect alone
+    }  # fastapi and sqlalchemy are pins for Prefect alone
     source = "\n".join(
         path.read_text()
         for folder in ("flows", "belt_tasks", "data_contracts")
