@@ -84,6 +84,7 @@ def test_every_dependency_is_used():
     names = {normalised(re.split(r"[<>=\[; ]", text)[0]) for text in project["dependencies"]}
     modules = {
         "fastapi": None,
+        "sqlalchemy": None,
         "pyyaml": "yaml",
         "python-json-logger": "pythonjsonlogger",
         "scikit-learn": "sklearn",
