@@ -22,7 +22,7 @@ from deployments.services import Stack
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PATIENCE_S = 240
+PATIENCE_S = 600  # beside other tests on two cores a run takes a minute to start
 POLL_S = 0.1
 
 

@@ -27,7 +27,7 @@ from deployments import stack as stacks
 from tests.integration.fault_runs import assert_same, comparable, entity_tags, finished_objects, read
 from tests.rehearsal.rehearsal import BIN, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 DEPLOYMENTS = {
     "score/score-nightly": {},
