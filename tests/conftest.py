@@ -19,6 +19,7 @@ if "PREFECT_HOME" not in os.environ:
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+os.environ.pop("COLUMNS", None)  # pytest-xdist speaks of a terminal that is not there
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 # tiny models gain nothing from threads, and lose a lot where threads wait for each other on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -66,6 +66,6 @@ def _write_corpora(stack: Stack) -> None:
     for i in range(NUM_FILES):
         storage.write_parquet(f"s3://belt/corpus/part-{i:02}.parquet", rows.slice(12 * i, 12).to_arrow())
     for name, seed in (("labelled", 1), ("held-out", 2)):
-        some = labelled_rows(36, seed=seed, most_words=60).drop("split")
+        some = labelled_rows(120, seed=seed, most_words=60).drop("split")
         storage.write_parquet(f"s3://belt/{name}/part-0.parquet", some.to_arrow())
     object_stores.configure({})

@@ -78,7 +78,7 @@ def test_a_report_tells_what_the_run_did(corpus, tiny_checkpoint, output):
         assert f"{label} {count} {count / 30:.1%} {count / 30:.1%}" in told
     quality = text_of(done.quality_uri)
     assert "text_null The row has no text. An empty text would be accepted. 1" in quality
-    assert f"{corpus}/a.parquet 30 a-30 text_null column 'text' is null" in quality
+    assert f"{pages.short(f'{corpus}/a.parquet', 80)} 30 a-30 text_null column 'text' is null" in quality
 
 
 def test_drift_is_told(corpus, tiny_checkpoint, tmp_path):
