@@ -1,6 +1,5 @@
 """Examples: a few rows of a run that people should look at, found without holding its tables in memory."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -9,6 +8,7 @@ import polars as pl
 import data_contracts
 from belt_tasks import delta_tables, score_tables, storage
 from belt_tasks.publishing import Manifest, RunRef
+from belt_tasks.threads import Threads
 
 NUM_LABELS = 8  # that evidence is shown of
 NUM_PASSAGES = 3  # of a label
@@ -76,7 +76,7 @@ def top_evidence(run: RunRef, manifest: Manifest, labels: tuple[str, ...]) -> li
                 found = _best(pl.concat([found, rows]))
         return found
 
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
+    with Threads(NUM_THREADS) as threads:
         found = _best(pl.concat([pl.DataFrame(schema=RANKING | PLACE), *threads.map(rank, range(len(uris)))]))
         places = [(uris[file], group, row) for file, group, row in found.select(*PLACE).iter_rows()]
         rows = list(threads.map(lambda place: _row(*place, columns=EVIDENCE), places))

@@ -12,7 +12,6 @@ it. An entry is created or it is not, and never replaced: of two writers one is 
 import re
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from pydantic import AwareDatetime, Field
 from belt_tasks import storage
 from belt_tasks.errors import ConfigError, ConflictError
 from belt_tasks.specs import Spec
+from belt_tasks.threads import Threads
 
 NUM_THREADS = 8
 MOST_CHARACTERS = 80  # of a wrong value, in a message
@@ -100,7 +100,7 @@ def history(registry_uri: str) -> list[Entry]:
     names = (file.uri.rpartition("/")[2] for file in storage.list_files(folder, suffix=".json"))
     # a listing that took its time may lack entries before its last one, but those are there
     last = max(int(name.partition(".")[0]) for name in names if re.fullmatch(r"\d{8}\.json", name))
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
+    with Threads(NUM_THREADS) as threads:
         entries = list(threads.map(lambda number: _read(registry_uri, number), range(1, last + 1)))
     _check(registry_uri, entries)
     return entries

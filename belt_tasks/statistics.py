@@ -11,7 +11,6 @@ Shape letter: D documents.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import add
 from typing import Any, Self
@@ -24,6 +23,7 @@ from belt_tasks import storage
 from belt_tasks.histograms import Histogram
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import Spec
+from belt_tasks.threads import Threads
 
 SAMPLE_SIZE = 5_000
 KEY_DIGITS = 16
@@ -187,7 +187,7 @@ def of_files(uris: list[str], manifest: Manifest) -> RunStatistics:
         parts = (RunStatistics.of_rows(rows, labels, scoring_fingerprint=fingerprint) for rows in _batches(uri, labels))
         return reduce(add, parts, none)
 
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
+    with Threads(NUM_THREADS) as threads:
         counted = reduce(add, threads.map(count, uris), none)
     run: dict[str, Any] = manifest.run
     told = {"num_tokens": run["num_tokens"], "num_unknown_tokens": run.get("num_unknown_tokens")}
