@@ -77,6 +77,7 @@ def test_every_python_block_runs(after_demo):
         run([sys.executable, "-c", block], after_demo)
 
 
+@pytest.mark.timeout(1200)  # a process each
 def test_every_command_runs(after_demo):
     commands = [
         command
