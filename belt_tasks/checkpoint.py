@@ -242,7 +242,7 @@ def whole_digest(folder: Path, card: CheckpointCard | None, uri: str) -> str:
     Raises:
         ConfigError: they are not those that were saved.
     """
-    digest = _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling)
+    digest = _digest_with(card, folder)
     said = {CARD_NAME: None if card is None else card.digest, "its registry": registry.digest_of(uri)}
     for who, expected in said.items():
         if expected not in (None, digest):
@@ -254,12 +254,16 @@ def checkpoint_digest(uri: str) -> str:
     """The digest of a checkpoint, without loading the model."""
     card = read_card(uri)
     with storage.local_directory(uri) as folder:
-        return _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling)
+        return _digest_with(card, folder)
 
 
 def file_names(folder: Path) -> list[str]:
     """The files that a checkpoint consists of; others that lie around belong to nobody."""
     return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def _digest_with(card: CheckpointCard | None, folder: Path) -> str:
+    return _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling)
 
 
 def _digest(folder: Path, *card: Spec) -> str:

@@ -446,30 +446,35 @@ def _create_remote(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes
 
 def _create_local(target: Path, data: bytes) -> bool:
     """Give a finished temporary file its name, unless there is a file of that name: the link decides."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with _temporary_beside(target) as temporary:
+        temporary.write_bytes(data)
+        _sync(temporary)
         with suppress(FileExistsError):
             os.link(temporary, target)
             return True
-    finally:
-        temporary.unlink(missing_ok=True)
     return False
 
 
 @contextmanager
 def _local_replacement(target: Path) -> Iterator[Path]:
     """A temporary file beside `target` that takes its place, durably, when the block ends well."""
+    with _temporary_beside(target) as temporary:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+
+
+@contextmanager
+def _temporary_beside(target: Path) -> Iterator[Path]:
+    """The path of a file that is gone after the block, unless it has another name by then."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
