@@ -27,6 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import obstore
+from obstore.store import S3Store
+
 from belt_tasks.errors import BeltError, ConfigError
 from belt_tasks.specs import Spec
 
@@ -222,6 +225,20 @@ def s3_command(folder: Path, s3_port: int, master_port: int, volume_port: int, f
         "-master.telemetry=false",
         f"-s3.config={folder / 's3.json'}",
     ]
+
+
+def make_bucket(name: str, *, endpoint: str, key: str, secret: str) -> None:
+    """Make a bucket of SeaweedFS, where an administrator's first object does so; done again, nothing changes."""
+    store = S3Store(
+        name,
+        endpoint=endpoint,
+        access_key_id=key,
+        secret_access_key=secret,
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+    obstore.put(store, "made", b"")
+    obstore.delete(store, "made")
 
 
 def server(stack: Stack) -> Service:

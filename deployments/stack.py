@@ -23,13 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import obstore
 import typer
-from obstore.store import S3Store
 from supervisor.xmlrpc import SupervisorTransport
 
 from belt_tasks.errors import BeltError, ConfigError
-from deployments.services import BUCKET, HOST, SERVICES, Stack, wait_until
+from deployments.services import BUCKET, HOST, SERVICES, Stack, make_bucket, wait_until
 
 ROOT = Path(__file__).parents[1]
 STOP_S = 60.0  # a run that is under way ends with its worker, in order
@@ -65,7 +63,7 @@ def up(
         typer.echo(f"{name} ...", nl=False)
         _wait_for(stack, name)
         typer.echo(" runs")
-    _make_bucket(stack)
+    make_bucket(BUCKET, endpoint=stack.s3_url, key=stack.s3_key, secret=stack.s3_secret)
     _deploy(stack)
     typer.echo(
         f"\nPrefect: http://{HOST}:{stack.server_port}\n"
@@ -186,19 +184,6 @@ def _wait_for(stack: Stack, name: str) -> None:
     except BeltError as error:
         log = (stack.folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-TAIL_BYTES:]
         raise BeltError(f"{name}: {error}; its log ends with: {log}") from error
-
-
-def _make_bucket(stack: Stack) -> None:
-    """An administrator's first object makes a bucket there."""
-    store = S3Store(
-        BUCKET,
-        endpoint=stack.s3_url,
-        access_key_id=stack.s3_key,
-        secret_access_key=stack.s3_secret,
-        region="us-east-1",
-        client_options={"allow_http": True},
-    )
-    obstore.put(store, ".made", b"")
 
 
 def _deploy(stack: Stack) -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import obstore
 import typer
-from obstore.store import S3Store
 
-from deployments.services import free_ports, s3_command
+from deployments.services import free_ports, make_bucket, s3_command
 
 STARTUP_S = 60
 BUCKET = "belt"
@@ -46,16 +45,7 @@ class S3Server:
     def make_bucket(self, name: str) -> None:
         """An administrator's first object makes a bucket here."""
         key, secret, _ = KEYS["admin"]
-        store = S3Store(
-            name,
-            endpoint=self.endpoint,
-            access_key_id=key,
-            secret_access_key=secret,
-            region="us-east-1",
-            client_options={"allow_http": True},
-        )
-        obstore.put(store, "made", b"")
-        obstore.delete(store, "made")
+        make_bucket(name, endpoint=self.endpoint, key=key, secret=secret)
 
 
 @contextmanager
