@@ -3,7 +3,6 @@
 Work pools first, then the block with the options of object stores, the deployments, and the automations.
 """
 
-import json
 import os
 import string
 import subprocess
@@ -20,8 +19,8 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from belt_tasks import object_stores
 from belt_tasks.errors import BeltError, ConfigError
+from flows.storage_block import options_of
 
 FOLDER = Path(__file__).parents[1] / "deployments"
 WORK_POOLS = ("cpu", "gpu")
@@ -154,13 +153,10 @@ def _save_storage_block(settings: DeploySettings) -> None:
         except ValueError:
             Secret(value="{}").save(settings.storage_block)
         return
-    try:
-        options = json.loads(settings.storage_options)
-        object_stores.configure(options)
-    except (json.JSONDecodeError, AttributeError, TypeError):
-        raise ConfigError(
+    if options_of(settings.storage_options) is None:
+        raise ConfigError(  # what it is instead may be a secret
             'BELT_STORAGE_OPTIONS must be a JSON object of options by protocol, such as {"s3": {"key": ...}}'
-        ) from None  # what it is instead may be a secret
+        )
     Secret(value=settings.storage_options).save(settings.storage_block, overwrite=True)
 
 

@@ -4,25 +4,23 @@ A check returns a `belt_tasks.doctor.Finding`; what it raises becomes one.
 """
 
 import functools
-import json
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, cast
 
 import httpx
 from packaging.version import Version
-from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
+from belt_tasks import object_stores
 from belt_tasks.doctor import Check, Finding, without_credentials
 from belt_tasks.errors import ConfigError
+from flows.deploy import WORK_POOLS
 from flows.local_server import check_answers
-from flows.storage_block import use_storage_block
+from flows.storage_block import read_storage_block
 
-WORK_POOLS = ("cpu", "gpu")
 REFUSED = {401, 403}
 
 
@@ -90,9 +88,8 @@ def check_work_pool(name: str) -> Finding:
 
 def check_storage_block(name: str) -> Finding:
     """The block with the options of object stores is there and understood; later checks use it."""
-    use_storage_block(name)
-    value = cast("Secret[Any]", Secret.load(name)).get()
-    value = json.loads(value) if isinstance(value, str) else value
+    value = read_storage_block(name)
+    object_stores.configure(value)
     found = f"options of {', '.join(sorted(value))}" if value else "no options: those of the environment count"
     return Finding(check=f"storage block {name}", status="ok", found=found)
 

@@ -9,6 +9,8 @@ from prefect.blocks.system import Secret
 from belt_tasks import object_stores
 from belt_tasks.errors import ConfigError
 
+Options = Mapping[str, Mapping[str, str]]
+
 
 def use_storage_block(name: str | None) -> None:
     """Configure this process's object stores from a Secret block; None leaves them as the environment has them.
@@ -20,19 +22,36 @@ def use_storage_block(name: str | None) -> None:
     Raises:
         ConfigError: there is no such block, or its value is none.
     """
-    if name is None:
-        return
+    if name is not None:
+        object_stores.configure(read_storage_block(name))
+
+
+def read_storage_block(name: str) -> Options:
+    """The options in a Secret block.
+
+    Raises:
+        ConfigError: there is no such block, or its value is none.
+    """
     try:
         value = cast("Secret[Any]", Secret.load(name)).get()
     except ValueError as error:
         raise ConfigError(f"storage_block: no Secret block {name!r} on this Prefect server") from error
-    try:
-        options = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        options = None
-    if not isinstance(options, Mapping) or not all(isinstance(each, Mapping) for each in options.values()):
+    options = options_of(value)
+    if options is None:
         raise ConfigError(
             f"storage_block: the value of Secret block {name!r} must be a JSON object of options by protocol, "
             'such as {"s3": {"key": ..., "secret": ...}}'  # what it is instead may be a secret
-        ) from None
-    object_stores.configure(options)
+        )
+    return options
+
+
+def options_of(value: object) -> Options | None:
+    """Options by protocol, as JSON or as what it stands for; None where it is something else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    if isinstance(value, Mapping) and all(isinstance(each, Mapping) for each in value.values()):
+        return value
+    return None
