@@ -2,22 +2,33 @@
 
 Prefect's server keeps them, and a deployment's trigger names them:
 
-    belt.drift    a scoring run is over a limit of drift; resource belt.output.OUTPUT_URI
+    belt.drift     a scoring run is over a limit of drift; resource belt.output.OUTPUT_URI
+    belt.labels    a labelled corpus has changed; resource belt.corpus.CORPUS_URI
+
+An event's id follows from what it tells, so that of one that was told twice the server keeps one.
 """
 
+from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
 
 from belt_tasks.report import ScoreReport
+from belt_tasks.watch import CorpusVersion
 
 DRIFT = "belt.drift"
+LABELS = "belt.labels"
 
 
 def resource_id(output_uri: str) -> str:
     """What the events of an output are about."""
     return f"belt.output.{output_uri}"
+
+
+def corpus_resource_id(corpus_uri: str) -> str:
+    """What the events of a corpus are about."""
+    return f"belt.corpus.{corpus_uri}"
 
 
 def announce_drift(report: ScoreReport) -> None:
@@ -37,13 +48,12 @@ def announce_drift(report: ScoreReport) -> None:
     """
     if report.drift is None:
         raise AssertionError("drift is what a run without a reference cannot have")
-    emit_event(
+    _emit(
         DRIFT,
-        resource={
-            "prefect.resource.id": resource_id(report.run.output_uri),
-            "prefect.resource.name": report.run.output_uri,
-            "prefect.resource.role": "output",
-        },
+        resource_id(report.run.output_uri),
+        report.run.output_uri,
+        role="output",
+        told=f"{report.run.uri} {report.data_version}",
         payload={
             "run_id": report.run.run_id,
             "checkpoint_digest": report.checkpoint_digest,
@@ -53,6 +63,26 @@ def announce_drift(report: ScoreReport) -> None:
             "measures": [measure.model_dump() for measure in report.drift.measures],
             "report_uri": report.report_uri,
         },
-        id=uuid5(NAMESPACE_URL, f"{DRIFT} {report.run.uri} {report.data_version}"),
+    )
+
+
+def announce_labels(version: CorpusVersion) -> None:
+    """Emit `belt.labels` for a version of a corpus."""
+    _emit(
+        LABELS,
+        corpus_resource_id(version.corpus_uri),
+        version.corpus_uri,
+        role="corpus",
+        told=version.seen_uri,
+        payload={"data_version": version.data_version, "num_files": version.num_files},
+    )
+
+
+def _emit(event: str, resource: str, name: str, *, role: str, told: str, payload: dict[str, Any]) -> None:
+    emit_event(
+        event,
+        resource={"prefect.resource.id": resource, "prefect.resource.name": name, "prefect.resource.role": role},
+        payload=payload,
+        id=uuid5(NAMESPACE_URL, f"{event} {told}"),
     )
     EventsWorker.instance().drain()  # a thread sends it: until then a kill would lose it

@@ -1,17 +1,11 @@
 """Tell of a labelled corpus that has changed, so that whoever retrains can be started by it."""
 
-from uuid import NAMESPACE_URL, uuid5
-
 from prefect import flow
-from prefect.events import emit_event
-from prefect.events.worker import EventsWorker
 
 from belt_tasks.specs import CorpusSpec
 from belt_tasks.watch import CorpusVersion
-from flows import tasks
+from flows import events, tasks
 from flows.attempt import Seconds, attempt
-
-LABELS = "belt.labels"
 
 
 @flow(name="watch", flow_run_name="watch {corpus_uri}")
@@ -36,12 +30,6 @@ def watch(
     with attempt(storage_block, time_limit_s):
         version = tasks.look_at(corpus_uri, seen_uri, corpus)
         if version.is_new:
-            emit_event(
-                LABELS,
-                resource={"prefect.resource.id": f"belt.corpus.{corpus_uri}", "prefect.resource.name": corpus_uri},
-                payload={"data_version": version.data_version, "num_files": version.num_files},
-                id=uuid5(NAMESPACE_URL, f"{LABELS} {version.seen_uri}"),
-            )
-            EventsWorker.instance().drain()  # a thread sends it
+            events.announce_labels(version)
             tasks.remember(version)
         return version

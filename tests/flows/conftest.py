@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+import time
+from typing import Any
 
 # before anything imports prefect, which makes its home at once
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="belt-prefect-")
@@ -13,10 +15,13 @@ os.environ["PREFECT_LOGGING_TO_API_ENABLED"] = "false"
 import polars as pl
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
 from tests.conftest import labelled_rows
+
+KEPT_WITHIN_S = 60
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +37,17 @@ def prefect_server():
 def client() -> SyncPrefectClient:
     with get_client(sync_client=True) as client:
         yield client
+
+
+def events_of(client: SyncPrefectClient, name: str, resource_id: str, *, at_least: int) -> list[Any]:
+    """The events of a resource that the server keeps, once it keeps so many, or after a while."""
+    wanted = EventFilter(event=EventNameFilter(name=[name]), resource=EventResourceFilter(id=[resource_id]))
+    give_up_at = time.monotonic() + KEPT_WITHIN_S
+    while True:
+        found = client.read_events(wanted, limit=50).events
+        if len(found) >= at_least or time.monotonic() > give_up_at:
+            return found
+        time.sleep(0.2)
 
 
 def write_files(folder, rows: pl.DataFrame, *, num_files: int) -> str:

@@ -4,12 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import polars as pl
 import pytest
-from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 
 from belt_tasks import report, statistics
 from belt_tasks.publishing import Manifest, RunRef
@@ -18,12 +16,12 @@ from belt_tasks.specs import ChunkSpec, CorpusSpec, DriftSpec, ScoreSpec
 from flows import events
 from flows.score import score
 from tests.conftest import words
+from tests.flows.conftest import events_of
 from tests.flows.test_flows import artifact, task_names
 
 ROOT = Path(__file__).parents[2]
 SPEC = ScoreSpec(device="cpu", chunks=ChunkSpec(chunk_size=30, stride=30))
 LIMITS = DriftSpec(min_documents=20)
-PERSISTED_WITHIN_S = 30
 
 
 @pytest.fixture
@@ -52,15 +50,7 @@ def night(corpus, checkpoint: str, output, **more):
 
 def drift_events(client, output, *, at_least: int) -> list:
     """The events of an output that the server keeps, once it keeps so many, or after a while."""
-    wanted = EventFilter(
-        event=EventNameFilter(name=[events.DRIFT]), resource=EventResourceFilter(id=[events.resource_id(str(output))])
-    )
-    give_up_at = time.monotonic() + PERSISTED_WITHIN_S
-    while True:
-        found = client.read_events(wanted, limit=50).events
-        if len(found) >= at_least or time.monotonic() > give_up_at:
-            return found
-        time.sleep(0.2)
+    return events_of(client, events.DRIFT, events.resource_id(str(output)), at_least=at_least)
 
 
 def test_a_scoring_leads_to_its_report(corpus, tiny_checkpoint, tmp_path, client):

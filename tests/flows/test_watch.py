@@ -1,27 +1,14 @@
 """The flow that watches a corpus: one event for each version, which whoever retrains waits for."""
 
-import time
-
-from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
-
+from flows import events
 from flows import watch as watching
 from flows.watch import watch
 from tests.conftest import labelled_rows
+from tests.flows.conftest import events_of
 
-PATIENCE_S = 20
 
-
-def events_of(client, corpus: str, *, at_least: int) -> list:
-    """What the server was told of a corpus, once it was told so much, or after a while."""
-    wanted = EventFilter(
-        event=EventNameFilter(name=[watching.LABELS]), resource=EventResourceFilter(id=[f"belt.corpus.{corpus}"])
-    )
-    give_up_at = time.monotonic() + PATIENCE_S
-    while True:
-        found = client.read_events(wanted, limit=50).events
-        if len(found) >= at_least or time.monotonic() > give_up_at:
-            return found
-        time.sleep(0.2)
+def told_of(client, corpus: str, *, at_least: int) -> list:
+    return events_of(client, events.LABELS, events.corpus_resource_id(corpus), at_least=at_least)
 
 
 def test_each_version_of_a_corpus_is_told_of_once(write_corpus, tmp_path, client):
@@ -31,7 +18,7 @@ def test_each_version_of_a_corpus_is_told_of_once(write_corpus, tmp_path, client
     second = watch(corpus, seen)
 
     assert [version.is_new for version in (first, again, second)] == [True, False, True]
-    told = [event.payload["data_version"] for event in events_of(client, corpus, at_least=2)]
+    told = [event.payload["data_version"] for event in told_of(client, corpus, at_least=2)]
     assert sorted(told) == sorted([first.data_version, second.data_version])
 
 
@@ -46,4 +33,4 @@ def test_whoever_was_cut_off_before_it_was_noted_tells_again(write_corpus, tmp_p
         assert watch(corpus, seen, return_state=True).is_failed()
 
     assert watch(corpus, seen).is_new
-    assert len(events_of(client, corpus, at_least=1)) == 1  # the second has the id of the first
+    assert len(told_of(client, corpus, at_least=1)) == 1  # the second has the id of the first
