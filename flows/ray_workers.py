@@ -221,9 +221,8 @@ def _private_cluster(spec: RaySpec) -> Iterator[None]:
 
     num_cpus = spec.num_workers * spec.num_cpus if spec.num_workers else max(joblib.cpu_count(), spec.num_cpus)
     if not any(name.startswith("RAY_AUTH_") for name in os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
-            32
-        )  # of this process; Ray would keep one in the home directory
+        # of this process alone; Ray would keep one in the home directory
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # where sockets are, so the path must be short
     folder = tempfile.TemporaryDirectory(prefix="belt-ray-", dir="/tmp", ignore_cleanup_errors=True)
     clusters = ray_constants.ENABLE_RAY_CLUSTER
