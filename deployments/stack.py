@@ -115,6 +115,7 @@ def env(folder: Folder = HOME) -> None:
     }
     for name, value in (stack.environment | keys).items():
         typer.echo(f"export {name}={shlex.quote(value)}")
+    typer.echo(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')  # belt and prefect
 
 
 @app.command(hidden=True)
