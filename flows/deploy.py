@@ -24,6 +24,7 @@ from flows.storage_block import options_of
 
 FOLDER = Path(__file__).parents[1] / "deployments"
 WORK_POOLS = ("cpu", "gpu")
+NUMBERED_BY = {"id", "created", "updated"}
 
 
 class DeploySettings(BaseSettings):
@@ -136,13 +137,22 @@ def automations(alert_block_id: str | None, folder: Path = FOLDER) -> list[Autom
 
 
 def _put_automation(wanted: Automation) -> None:
+    """Make an automation or change what differs: one that is written anew forgets which runs it has an eye on."""
     with get_client(sync_client=True) as client:
         found = client.read_automations_by_name(wanted.name)
     if not found:
         wanted.create()
         return
-    wanted.id = found[0].id
-    wanted.update()
+    if _without_ids(found[0].model_dump(mode="json")) != _without_ids(wanted.model_dump(mode="json")):
+        wanted.id = found[0].id
+        wanted.update()
+
+
+def _without_ids(described: Any) -> Any:  # noqa: ANN401 - as JSON has it
+    """What an automation does, without what the server numbers it by."""
+    if isinstance(described, dict):
+        return {name: _without_ids(value) for name, value in described.items() if name not in NUMBERED_BY}
+    return [_without_ids(each) for each in described] if isinstance(described, list) else described
 
 
 def _save_storage_block(settings: DeploySettings) -> None:

@@ -23,6 +23,7 @@ DEPLOYMENTS = {
     "watch/watch-labels",
     "maintain/maintenance",
 }
+OURS = {"belt: a run that crashed goes on", "belt: a run whose process is gone has crashed"}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,20 @@ def test_deployed_twice_everything_is_there_once(deployed, client):
         "belt: scores drift, so fine-tune",
     ]
     assert Secret.load("belt-storage").get() == {}
+
+
+def test_an_automation_that_stays_as_it_is_is_not_written_anew(deployed, client):
+    settings = {name.removeprefix("BELT_").lower(): value for name, value in deployed.items()}
+
+    def written_at() -> dict[str, str]:
+        there = client._client.post("/automations/filter", json={}).json()
+        return {each["name"]: each["updated"] for each in there if each["name"] in OURS}
+
+    before = written_at()
+    deploy(DeploySettings(**settings))
+
+    assert before.keys() == OURS
+    assert written_at() == before
 
 
 def test_wrong_parameters_are_refused_before_anything_runs(deployed, client):  # noqa: ARG001 - deployed
