@@ -23,7 +23,7 @@ DEPLOYMENTS = {
     "watch/watch-labels",
     "maintain/maintenance",
 }
-OURS = {"belt: a run that crashed goes on", "belt: a run whose process is gone has crashed"}
+OURS = {"belt: a run that crashed goes on", "belt: a run whose process is gone goes on"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_deployed_twice_everything_is_there_once(deployed, client):
         assert "{{" not in str(each.parameters)
     assert sorted(each.name for each in client.read_automations()) == [
         "belt: a run that crashed goes on",
-        "belt: a run whose process is gone has crashed",
+        "belt: a run whose process is gone goes on",
         "belt: fine-tuned, so promote",
         "belt: new labels, so fine-tune",
         "belt: scores drift, so fine-tune",

@@ -241,7 +241,7 @@ def test_a_run_whose_machine_was_lost_is_noticed_and_goes_on(rehearsal, lost):
     run = rehearsal.wait(lost, "Completed")
 
     assert run.run_count == 2
-    assert [state.name for state in rehearsal.states(lost)].count("Crashed") == 1
+    assert [state.name for state in rehearsal.states(lost)].count("AwaitingRetry") == 1
 
 
 def test_a_night_comes_of_its_own_accord(rehearsal, night):
