@@ -143,13 +143,17 @@ def _put_automation(wanted: Automation) -> None:
     if not found:
         wanted.create()
         return
-    if _without_ids(found[0].model_dump(mode="json")) != _without_ids(wanted.model_dump(mode="json")):
+    if not is_same(found[0], wanted):
         wanted.id = found[0].id
         wanted.update()
 
 
-def _without_ids(described: Any) -> Any:  # noqa: ANN401 - as JSON has it
-    """What an automation does, without what the server numbers it by."""
+def is_same(found: Automation, wanted: Automation) -> bool:
+    """Whether two automations do the same, whatever they are numbered by and in whatever order they name events."""
+    return _without_ids(found.model_dump()) == _without_ids(wanted.model_dump())  # as JSON, sets have an order
+
+
+def _without_ids(described: Any) -> Any:  # noqa: ANN401 - whatever a model holds
     if isinstance(described, dict):
         return {name: _without_ids(value) for name, value in described.items() if name not in NUMBERED_BY}
     return [_without_ids(each) for each in described] if isinstance(described, list) else described

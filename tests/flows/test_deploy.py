@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
 
 from belt_tasks.errors import ConfigError
-from flows.deploy import DeploySettings, automations, deploy
+from flows.deploy import DeploySettings, automations, deploy, is_same
 
 BIN = Path(sys.executable).parent
 DEPLOYMENTS = {
@@ -85,6 +88,19 @@ def test_deployed_twice_everything_is_there_once(deployed, client):
         "belt: scores drift, so fine-tune",
     ]
     assert Secret.load("belt-storage").get() == {}
+
+
+@pytest.mark.parametrize("described", automations("00000000-0000-0000-0000-000000000001"), ids=lambda each: each.name)
+@given(data=st.data())
+def test_automations_are_the_same_in_whatever_order_their_events_are_named(described, data):
+    trigger = described.trigger.model_dump()
+    named = {name: data.draw(st.permutations(sorted(trigger[name]))) for name in ("after", "expect", "for_each")}
+    other = type(described.trigger).model_validate(trigger | named)
+
+    assert is_same(described, described.model_copy(update={"trigger": other, "id": uuid4()}))
+    for event in described.trigger.expect:
+        fewer = other.model_copy(update={"expect": described.trigger.expect - {event}})
+        assert not is_same(described, described.model_copy(update={"trigger": fewer}))
 
 
 def test_an_automation_that_stays_as_it_is_is_not_written_anew(deployed, client):
