@@ -128,7 +128,8 @@ def plan_scoring(
     plan = plan.model_copy(update=_present(asked, base_version) | found)
     if plan.manifest is None:
         plan.check_rejected_share(Counts())
-        progress.advance("tokenize", 0, num_more=plan.num_rows_to_score)
+        for stage in ("tokenize", "score"):
+            progress.advance(stage, 0, num_more=plan.num_rows_to_score)
         milestones.planned(
             run.run_id, "score", num_shards=len(plan.shards), num_rows=plan.num_rows_to_score, counts=plan.counts
         )

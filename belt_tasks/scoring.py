@@ -51,17 +51,15 @@ def encode_windows(
     Raises:
         torch.OutOfMemoryError: one chunk alone does not fit.
     """
-    progress.advance("encode", 0, num_more=windows.num_chunks)
+    num_tokens_C = windows.stop_C - windows.start_C + special.num_tokens
+    progress.advance("encode", 0, num_more=int(num_tokens_C.sum()))
     return workers.encode_all(
         encoder,
-        plan_batches(
-            windows.stop_C - windows.start_C + special.num_tokens,
-            max_batch_tokens=batches.max_batch_tokens or encoder.batch_tokens,
-        ),
+        plan_batches(num_tokens_C, max_batch_tokens=batches.max_batch_tokens or encoder.batch_tokens),
         lambda rows_B: collate(
             rows_B, input_ids_T=input_ids_T, windows=windows, first_token_D=first_token_D, special=special
         ),
-        on_done=lambda num_chunks: progress.advance("encode", num_chunks),
+        on_done=lambda rows_B: progress.advance("encode", int(num_tokens_C[rows_B].sum())),
     )
 
 

@@ -90,7 +90,9 @@ def score_shard(
     """
     finished = publishing.finished_shard(run, shard)
     if finished is not None:
-        progress.advance("tokenize", finished.counts.num_documents)
+        num_rows = finished.counts.num_documents + finished.counts.num_rejected
+        progress.advance("tokenize", num_rows)
+        progress.advance("score", num_rows)
         return finished
     scorer = Scorer.of(cache.get(checkpoint_uri, checkpoint_digest), spec)
     claims = Claims(score_store.of_run(run.uri))
@@ -134,6 +136,7 @@ def score_shard(
                     writer.write(_evidence(block, windows, scored, scorer, run.run_id), "evidence")
                 counts += Counts(num_documents=good.num_rows)
         counts += scored.counts
+        progress.advance("score", len(block.documents) + len(block.rejected))
 
     more = () if spec.evidence == "none" else ("evidence",)
     try:

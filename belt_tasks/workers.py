@@ -38,7 +38,7 @@ def encode_all(
     plan: list[Int64],
     collate: Callable[[Int64], MiniBatch],
     *,
-    on_done: Callable[[int], None],
+    on_done: Callable[[Int64], None],
 ) -> Tensor:
     """Chunk outputs of all mini-batches of a plan.
 
@@ -48,8 +48,8 @@ def encode_all(
         encoder: what encodes.
         plan: rows of each mini-batch, a permutation of 0 .. C - 1 in all; taken in order.
         collate: makes a mini-batch of its rows.
-        on_done: called with the number of chunks of each finished mini-batch, by one thread at a time; what it raises
-            ends the others too.
+        on_done: called with the rows of each finished mini-batch, by one thread at a time; what it raises ends the
+            others too.
 
     Returns:
         float32 [C, K] on the CPU, in row order.
@@ -84,7 +84,7 @@ class _Job:
         encoder: ChunkEncoder,
         plan: list[Int64],
         collate: Callable[[Int64], MiniBatch],
-        on_done: Callable[[int], None],
+        on_done: Callable[[Int64], None],
     ) -> None:
         self._encoder = encoder
         self._collate = collate
@@ -145,7 +145,7 @@ class _Job:
             event.synchronize()
         with self._lock:
             self._finished.append((rows_B, outputs_BK))
-            self._on_done(len(rows_B))
+            self._on_done(rows_B)
 
     def _is_too_large(self, batch: MiniBatch) -> bool:
         return self._most_tokens is not None and len(batch) > 1 and len(batch.input_ids_T) > self._most_tokens

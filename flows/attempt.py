@@ -15,6 +15,7 @@ from pydantic import Field
 from belt_tasks import logs, progress
 from belt_tasks.errors import ConfigError
 from flows.observation import observe
+from flows.progress_artifact import progress_artifact
 from flows.storage_block import use_storage_block
 
 MOST_ATTEMPTS = 5
@@ -23,7 +24,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 @contextmanager
 def attempt(storage_block: str | None = None, time_limit_s: float | None = None) -> Iterator[None]:
-    """Configure logs, metrics and object stores, and see that the block ends in time.
+    """Configure logs, metrics and object stores, show how far the block is, and see that it ends in time.
 
     Args:
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
@@ -41,5 +42,5 @@ def attempt(storage_block: str | None = None, time_limit_s: float | None = None)
         )
     observe()
     use_storage_block(storage_block)
-    with logs.about(flow_run_id=str(flow_run.get_id())), progress.deadline(time_limit_s):
+    with logs.about(flow_run_id=str(flow_run.get_id())), progress.deadline(time_limit_s), progress_artifact():
         yield

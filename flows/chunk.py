@@ -8,11 +8,11 @@ from prefect.artifacts import create_markdown_artifact
 from belt_tasks import summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import ChunkSpec, CorpusSpec
-from flows import tasks
+from flows import run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
-@flow(name="chunk", flow_run_name="chunk {corpus_uri}", task_runner=tasks.one_worker)
+@flow(name="chunk", flow_run_name=run_names.of("corpus_uri"), task_runner=tasks.one_worker)
 def chunk(
     corpus_uri: str,
     encoder: str,

@@ -8,7 +8,7 @@ from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, Spec, TrainSpec
-from flows import tasks
+from flows import run_names, tasks
 from flows.evaluate import evaluate
 from flows.fine_tune import fine_tune
 from flows.score import score
@@ -25,7 +25,7 @@ class DemoResult(Spec):
     read_back: ReadBack
 
 
-@flow(name="demo", flow_run_name="demo {output_uri}")
+@flow(name="demo", flow_run_name=run_names.of("output_uri"))
 def demo(output_uri: str, corpus: DemoCorpusSpec = DEMO_CORPUS_SPEC, spec: TrainSpec = DEMO_TRAIN_SPEC) -> DemoResult:
     """Fine-tune all-MiniLM-L6-v2 to tell which library a docstring is from, and score every module.
 

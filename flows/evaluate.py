@@ -9,12 +9,12 @@ from belt_tasks import summaries
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, DriftSpec, ScoreSpec
-from flows import tasks
+from flows import run_names, tasks
 from flows.attempt import Seconds, attempt
 from flows.score import score
 
 
-@flow(name="evaluate", flow_run_name="evaluate {corpus_uri}")
+@flow(name="evaluate", flow_run_name=run_names.of("corpus_uri"))
 def evaluate(
     corpus_uri: str,
     checkpoint_uri: str,

@@ -9,11 +9,11 @@ from belt_tasks import summaries
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, TrainSpec
-from flows import tasks
+from flows import run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
-@flow(name="fine-tune", flow_run_name="fine-tune {corpus_uri}", task_runner=tasks.one_worker)
+@flow(name="fine-tune", flow_run_name=run_names.of("corpus_uri"), task_runner=tasks.one_worker)
 def fine_tune(
     corpus_uri: str,
     encoder: str,

@@ -10,11 +10,11 @@ from pydantic import Field
 from belt_tasks import summaries
 from belt_tasks.clean import Cleaned
 from belt_tasks.maintenance import TableCheck
-from flows import tasks
+from flows import run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
-@flow(name="maintain", flow_run_name="maintain {output_uri}")
+@flow(name="maintain", flow_run_name=run_names.of("output_uri"))
 def maintain(
     output_uri: str,
     older_than_days: Annotated[float, Field(ge=0)] = 7,

@@ -6,11 +6,11 @@ from prefect.artifacts import create_markdown_artifact
 from belt_tasks import summaries
 from belt_tasks.preview import ScorePreview
 from belt_tasks.specs import CorpusSpec, ScoreSpec
-from flows import tasks
+from flows import run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
-@flow(name="preview", flow_run_name="preview {corpus_uri}")
+@flow(name="preview", flow_run_name=run_names.of("corpus_uri"))
 def preview(
     corpus_uri: str,
     checkpoint_uri: str,

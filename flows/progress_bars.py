@@ -9,7 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 LINE_EVERY_S = 10.0
 GROWING = {"encode"}  # documents are cut while others are encoded, so there is more to come
-UNITS = {"compare": "files", "tokenize": "rows", "encode": "chunks", "fine-tune": "documents"}
+UNITS = {
+    "compare": "files",
+    "tokenize": "rows",
+    "encode": "tokens",
+    "score": "documents",
+    "fine-tune": "documents",
+    "check": "files",
+}
 
 
 class ProgressBars:

@@ -10,12 +10,12 @@ from belt_tasks import promotion, summaries
 from belt_tasks.promotion import Promotion
 from belt_tasks.specs import CorpusSpec, GateSpec, ScoreSpec
 from flows import approval as approvals
-from flows import tasks
+from flows import run_names, tasks
 from flows.attempt import Seconds, attempt
 from flows.evaluate import evaluate
 
 
-@flow(name="promote", flow_run_name="promote {challenger_uri}")
+@flow(name="promote", flow_run_name=run_names.of("challenger_uri"))
 def promote(
     challenger_uri: str,
     registry_uri: str,

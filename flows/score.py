@@ -8,11 +8,11 @@ from prefect.artifacts import create_markdown_artifact
 from belt_tasks import run_list, summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, DriftSpec, RaySpec, Runner, ScoreSpec
-from flows import events, runners, tasks
+from flows import events, run_names, runners, tasks
 from flows.attempt import Seconds, attempt
 
 
-@flow(name="score", flow_run_name="score {corpus_uri}", task_runner=tasks.one_worker)
+@flow(name="score", flow_run_name=run_names.of("corpus_uri"), task_runner=tasks.one_worker)
 def score(
     corpus_uri: str,
     checkpoint_uri: str,

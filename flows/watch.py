@@ -4,11 +4,11 @@ from prefect import flow
 
 from belt_tasks.specs import CorpusSpec
 from belt_tasks.watch import CorpusVersion
-from flows import events, tasks
+from flows import events, run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
-@flow(name="watch", flow_run_name="watch {corpus_uri}")
+@flow(name="watch", flow_run_name=run_names.of("corpus_uri"))
 def watch(
     corpus_uri: str,
     seen_uri: str,

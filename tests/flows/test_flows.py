@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+import httpx
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
@@ -18,7 +19,7 @@ from belt_tasks import checkpoint, planning, progress, publishing, score_plannin
 from belt_tasks.errors import ConfigError, ShardError, TransientError
 from belt_tasks.progress import StoppedError, advance, stop
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec, TrainSpec
-from flows import tasks
+from flows import progress_artifact, tasks
 from flows.chunk import chunk
 from flows.evaluate import evaluate
 from flows.fine_tune import fine_tune
@@ -52,12 +53,23 @@ def task_names(client, state) -> list[str]:
     return sorted(run.name for run in client.read_task_runs(flow_run_filter=wanted))
 
 
+def artifacts(client, state, kind: str = "markdown") -> list:
+    """Those of a flow run and a type."""
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+    return [found for found in client.read_artifacts(artifact_filter=wanted) if found.type == kind]
+
+
 def artifact(client, state, key: str) -> str:
     """The one markdown artifact of a flow run."""
-    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
-    (found,) = client.read_artifacts(artifact_filter=wanted)
-    assert (found.key, found.type) == (key, "markdown")
+    (found,) = artifacts(client, state)
+    assert found.key == key
     return found.data
+
+
+def check_name(client, state, begins: str) -> None:
+    """It ends with when the run was due."""
+    run = flow_run(client, state)
+    assert run.name == f"{begins} {run.expected_start_time:%Y-%m-%d %H:%M} UTC"
 
 
 def shard_keys(corpus_uri: str) -> set[str]:
@@ -84,7 +96,7 @@ def test_fine_tune(fine_tuned, client, labelled_corpus):
     assert state.is_completed()
     manifest, receipt = state.result()
 
-    assert flow_run(client, state).name == f"fine-tune {labelled_corpus}"
+    check_name(client, state, f"fine-tune {labelled_corpus}")
     check_names(
         client,
         state,
@@ -132,7 +144,7 @@ def test_score(fine_tuned, client, labelled_corpus, tmp_path):
 
     assert state.is_completed()
     manifest = state.result()
-    assert flow_run(client, state).name == f"score {labelled_corpus}"
+    check_name(client, state, f"score {labelled_corpus}")
     check_names(
         client,
         state,
@@ -149,6 +161,9 @@ def test_score(fine_tuned, client, labelled_corpus, tmp_path):
     assert all((Path(output) / file.path).is_file() for file in manifest.files)
     assert sum(file.num_rows for file in manifest.files if file.table != "evidence") == 36
     assert score_tables.read_table(output, "rejected")["doc_id"].to_list() == ["doc-0030"]
+    (progressed,) = artifacts(client, state, "progress")
+    assert (progressed.key, progressed.data) == ("score-progress", 100.0)
+    assert progressed.description.startswith("score: 35 of 35 documents")
     shown = artifact(client, state, "score-summary")
     assert "## score: 35 documents" in shown
     assert "| rejected rows | 1 (text_null 1) |" in shown
@@ -188,7 +203,7 @@ def test_evaluate(fine_tuned, client, labelled_corpus, tmp_path):
     assert receipt.metrics["accuracy"] == pytest.approx(accuracy)
     assert json.loads(Path(receipt.metrics_uri).read_bytes()) == receipt.metrics
     assert all(Path(uri).read_bytes().startswith(b"\x89PNG") for uri in receipt.plot_uris)
-    assert flow_run(client, state).name == f"evaluate {labelled_corpus}"
+    check_name(client, state, f"evaluate {labelled_corpus}")
     shown = artifact(client, state, "evaluate-summary")
     assert f"| accuracy | {accuracy:.4f} |" in shown
     assert receipt.plot_uris[0] in shown
@@ -199,7 +214,7 @@ def test_chunk(client, labelled_corpus, tiny_encoder, tmp_path):
 
     assert state.is_completed()
     manifest = state.result()
-    assert flow_run(client, state).name == f"chunk {labelled_corpus}"
+    check_name(client, state, f"chunk {labelled_corpus}")
     check_names(
         client, state, verb="chunk", others={"plan_chunking", "republish", "publish"}, corpus_uri=labelled_corpus
     )
@@ -246,6 +261,7 @@ def test_a_complete_run_is_not_done_again_and_a_changed_file_makes_another(
     assert state.result() == first
     assert mtimes(output) == before
     assert "so nothing was scored" in artifact(client, state, "score-summary")
+    assert artifacts(client, state, "progress") == []
 
     changed = pl.read_parquet(f"{corpus}/part-1.parquet").with_columns(text=pl.lit("a window"))
     changed.write_parquet(f"{corpus}/part-1.parquet")
@@ -254,6 +270,20 @@ def test_a_complete_run_is_not_done_again_and_a_changed_file_makes_another(
     assert second.run["run_id"] != first.run["run_id"]
     assert score_tables.shown(output).manifest == second
     assert predictions(output).filter(pl.col("doc_id").is_in(changed["doc_id"]))["num_tokens"].unique().to_list() == [2]
+
+
+def test_a_server_that_cannot_be_told_of_progress_is_a_warning(
+    tiny_checkpoint, client, corpus, tmp_path, monkeypatch, caplog
+):
+    def unreachable(**_):
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(progress_artifact, "get_client", unreachable)
+    state = score(corpus, tiny_checkpoint, str(tmp_path / "out"), return_state=True)
+
+    assert state.is_completed()
+    assert artifacts(client, state, "progress") == []
+    assert "progress: cannot tell the Prefect server: ConnectError" in caplog.text
 
 
 def run_in_flow(function):

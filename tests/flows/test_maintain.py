@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from belt_tasks import lake, score_tables
 from belt_tasks.errors import ConfigError, DeadlineError
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 from flows.maintain import maintain
 from flows.score import score
+from tests.flows.test_flows import artifact
 
 
 def test_orphans_go_and_every_published_row_is_checked(labelled_corpus, tiny_checkpoint, tmp_path, client):
@@ -25,10 +25,9 @@ def test_orphans_go_and_every_published_row_is_checked(labelled_corpus, tiny_che
     assert not orphan.exists()
     assert cleaned.num_unfinished_runs == 1
     assert {check.table: check.num_rows for check in checks}["predictions"] == 35
-    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
-    (artifact,) = client.read_artifacts(artifact_filter=wanted)
-    assert "Removed 1 files" in artifact.data
-    assert "| predictions | 1 | 35 |" in artifact.data
+    told = artifact(client, state, "maintain-summary")
+    assert "Removed 1 files" in told
+    assert "| predictions | 1 | 35 |" in told
 
 
 def test_a_table_that_lost_a_file_fails_the_run(labelled_corpus, tiny_checkpoint, tmp_path):

@@ -13,8 +13,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,11 +106,25 @@ def slow_corpus(tmp_path_factory) -> str:
     return write_files(tmp_path_factory.mktemp("slow") / "corpus", labelled_rows(60, most_words=200), num_files=5)
 
 
+@contextmanager
+def counted_progress() -> Iterator[Counter]:
+    """How much of each stage was reported as done."""
+    done: Counter = Counter()
+
+    def advance(stage, num_done, _num_more):
+        done[stage] += num_done
+
+    with progress.listen(advance):
+        yield done
+
+
 @pytest.fixture(scope="module")
 def by_threads(labelled_corpus, tiny_checkpoint, tmp_path_factory):
-    """(manifest, output) of a run without Ray."""
+    """(manifest, output, progress) of a run without Ray."""
     output = str(tmp_path_factory.mktemp("threads"))
-    return score(labelled_corpus, tiny_checkpoint, output, CorpusSpec(), CPU), output
+    with counted_progress() as done:
+        manifest = score(labelled_corpus, tiny_checkpoint, output, CorpusSpec(), CPU)
+    return manifest, output, done
 
 
 def table(output, name: str = "predictions") -> pl.DataFrame:
@@ -139,22 +155,17 @@ def receipts(output: Path) -> list[Path]:
 def test_rows_run_and_progress_are_those_of_threads(
     cluster, labelled_corpus, tiny_checkpoint, tmp_path, by_threads, caplog
 ):
-    manifest, expected = by_threads
-    done: dict[str, int] = {}
-
-    def advance(stage, num_done, _num_more):
-        done[stage] = done.get(stage, 0) + num_done
-
+    manifest, expected, progressed = by_threads
     ray = RaySpec(address=cluster.address, num_workers=2, num_gpus=0.5)
-    with caplog.at_level(logging.INFO, logger="belt_tasks"), progress.listen(advance):
+    with caplog.at_level(logging.INFO, logger="belt_tasks"), counted_progress() as done:
         found = score(labelled_corpus, tiny_checkpoint, str(tmp_path / "out"), CorpusSpec(), CPU, runner="ray", ray=ray)
 
     assert found.run["run_id"] == manifest.run["run_id"]
     assert found.run["scoring_fingerprint"] == manifest.run["scoring_fingerprint"]
     assert found.rejected_by_reason == manifest.rejected_by_reason
     check_same(tmp_path / "out", expected)
-    assert done["tokenize"] == 35
-    assert done["encode"] == found.run["num_chunks"]
+    assert done == progressed
+    assert done["tokenize"] == done["score"] == 35
     # the log of the workers reaches this process, and says that each has loaded the model once
     loaded = [record.process for record in caplog.records if record.getMessage().startswith("loaded checkpoint")]
     assert 1 <= len(loaded) == len(set(loaded)) <= 2
