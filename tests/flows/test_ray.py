@@ -164,8 +164,9 @@ def test_rows_run_and_progress_are_those_of_threads(
     assert found.run["scoring_fingerprint"] == manifest.run["scoring_fingerprint"]
     assert found.rejected_by_reason == manifest.rejected_by_reason
     check_same(tmp_path / "out", expected)
-    assert done == progressed
-    assert done["tokenize"] == done["score"] == 35
+    assert done["encode"] >= progressed.pop("encode")  # each process encodes equal texts once
+    assert {stage: done[stage] for stage in progressed} == progressed
+    assert progressed["tokenize"] == progressed["score"] == 35
     # the log of the workers reaches this process, and says that each has loaded the model once
     loaded = [record.process for record in caplog.records if record.getMessage().startswith("loaded checkpoint")]
     assert 1 <= len(loaded) == len(set(loaded)) <= 2
