@@ -6,6 +6,7 @@ adlfs's names are understood), and `configure`. Nothing of it is ever part of a 
 """
 
 import errno
+import mimetypes
 import os
 import re
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec.config
+import obstore
 from fsspec.spec import AbstractBufferedFile
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError, UnknownConfigurationKeyError
 from obstore.fsspec import FsspecStore
@@ -24,7 +26,7 @@ from obstore.store import from_url
 from belt_tasks.errors import BeltError, ConfigError, TransientError
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import Attributes, GetOptions
     from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import ObjectStore, RetryConfig
 
@@ -209,6 +211,11 @@ class ObjectFileSystem(FsspecStore):
             credential_provider=self._credential_provider,  # type: ignore[arg-type]
         )
 
+    def signed_url(self, path: str, valid_for: timedelta) -> str:
+        """An address that needs no credentials, to get an object by; whoever has it may."""
+        bucket, key = self._split_path(path)
+        return obstore.sign(self.store(bucket, RETRIES), "GET", key, valid_for)  # type: ignore[call-overload,no-any-return]  # one of these
+
     async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fsspec's
         info: dict[str, Any] = await super()._info(path, **kwargs)
         return info | {"name": self._strip_protocol(path)}
@@ -216,11 +223,13 @@ class ObjectFileSystem(FsspecStore):
     async def _pipe_file(self, path: str, value: Any, mode: str = "overwrite", **_: Any) -> None:  # noqa: ANN401 - fsspec's
         bucket, key = self._split_path(path)
         store = self._construct_store(bucket)
+        content_type = mimetypes.guess_type(key)[0]  # without it a browser saves pages instead of showing them
+        attributes: Attributes | None = {"Content-Type": content_type} if content_type else None
         if mode != "create":
-            await store.put_async(key, value)
+            await store.put_async(key, value, attributes=attributes)
             return
         try:
-            await store.put_async(key, value, mode="create", use_multipart=False)
+            await store.put_async(key, value, attributes=attributes, mode="create", use_multipart=False)
         except AlreadyExistsError as error:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
 

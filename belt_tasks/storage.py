@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -25,6 +25,7 @@ from obstore.exceptions import BaseError
 
 from belt_tasks import object_stores
 from belt_tasks.errors import ConfigError, TransientError
+from belt_tasks.object_stores import ObjectFileSystem
 from belt_tasks.threads import Threads
 
 NUM_THREADS = 8
@@ -138,6 +139,17 @@ def write_bytes(uri: str, data: bytes) -> None:
                 temporary.write_bytes(data)
         else:
             filesystem.pipe_file(path, data)
+
+
+def signed_url(uri: str, valid_for: timedelta) -> str | None:
+    """An address under which a browser gets an object without credentials; None of what is not in an object store.
+
+    Raises:
+        ConfigError: the store's configuration has nothing to sign with.
+    """
+    with errors_of(f"sign an address of {uri}"):
+        filesystem, path = _resolve(uri)
+        return filesystem.signed_url(path, valid_for) if isinstance(filesystem, ObjectFileSystem) else None
 
 
 def create_bytes(uri: str, data: bytes) -> bool:

@@ -1,7 +1,7 @@
 """Summaries: what a run did, as Markdown for people. The same text is a Prefect artifact and the CLI's last words."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
@@ -40,7 +40,12 @@ SHOWN_METRICS = {
 
 
 def run_summary(
-    manifest: Manifest, *, asked_at: datetime, earlier_steps: Sequence[Manifest] = (), report: ScoreReport | None = None
+    manifest: Manifest,
+    *,
+    asked_at: datetime,
+    earlier_steps: Sequence[Manifest] = (),
+    report: ScoreReport | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> str:
     """Counts, rejected rows with reasons, cost by stage, and where everything is.
 
@@ -49,6 +54,7 @@ def run_summary(
         asked_at: when the caller asked for it; a run that had finished before was not done again.
         earlier_steps: the runs before this one that published parts of the same corpus.
         report: of a scoring run.
+        links: addresses under which some of the files named can be opened in a browser, by URI.
     """
     run = manifest.run
     reused = datetime.fromisoformat(run["finished_at"]) < asked_at
@@ -78,7 +84,7 @@ def run_summary(
         "",
         *([] if report is None else [f"{report.verdict}.", ""]),
         f"- output: `{run['output_uri']}`",
-        *([] if report is None else _pages(report)),
+        *([] if report is None else _pages(report, links)),
         f"- run: {_link(_run_uri(run))}",
         f"- manifest: `{storage.join(_run_uri(run), 'manifest.json')}`",
     ]
@@ -486,18 +492,20 @@ def _main_metric(task: str) -> str:
     return {"regression": "mse", "multilabel": "micro_f1"}.get(task, "accuracy")
 
 
-def _pages(report: ScoreReport) -> list[str]:
+def _pages(report: ScoreReport, links: Mapping[str, str] | None = None) -> list[str]:
     return [
-        f"- report: {_link(report.report_uri)}",
-        f"- data quality: {_link(report.quality_uri)}",
+        f"- report: {_link(report.report_uri, links)}",
+        f"- data quality: {_link(report.quality_uri, links)}",
         f"- statistics: `{report.statistics_uri}`",
     ]
 
 
-def _link(uri: str) -> str:
-    """A place to copy, and to click on where it is shown by something that can open it."""
-    address = uri if "://" in uri else f"file://{uri}"
-    return f"`{uri}` ([open]({quote(address, safe=':/')}))"
+def _link(uri: str, links: Mapping[str, str] | None = None) -> str:
+    """A place to copy, and to click on where something can open it: an address that is known, or a local file."""
+    address = (links or {}).get(uri)
+    if address is None and "://" not in uri:
+        address = f"file://{quote(uri)}"
+    return f"`{uri}`" if address is None else f"`{uri}` ([open]({address}))"
 
 
 def _run_uri(run: dict[str, Any]) -> str:

@@ -3,12 +3,11 @@
 from datetime import UTC, datetime
 
 from prefect import flow, unmapped
-from prefect.artifacts import create_markdown_artifact
 
 from belt_tasks import summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import ChunkSpec, CorpusSpec
-from flows import run_names, tasks
+from flows import artifacts, run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
@@ -50,5 +49,5 @@ def chunk(
             )
             row = {"flow": "chunk", "corpus_uri": corpus_uri, "spec": chunks.model_dump_json()}
             manifest = tasks.publish(plan.run, receipts, row=row, labels=(), started_at=started_at)
-        create_markdown_artifact(summaries.run_summary(manifest, asked_at=started_at), key="chunk-summary")
+        artifacts.show("chunk-summary", summaries.run_summary(manifest, asked_at=started_at))
         return manifest

@@ -15,6 +15,7 @@ from prefect.automations import Automation
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -148,9 +149,9 @@ def _put_automation(wanted: Automation) -> None:
         wanted.update()
 
 
-def is_same(found: Automation, wanted: Automation) -> bool:
+def is_same(found: AutomationCore, wanted: AutomationCore) -> bool:
     """Whether two automations do the same, whatever they are numbered by and in whatever order they name events."""
-    return _without_ids(found.model_dump()) == _without_ids(wanted.model_dump())  # as JSON, sets have an order
+    return bool(_without_ids(found.model_dump()) == _without_ids(wanted.model_dump()))  # as JSON, sets have an order
 
 
 def _without_ids(described: Any) -> Any:  # noqa: ANN401 - whatever a model holds

@@ -3,13 +3,12 @@
 from datetime import UTC, datetime
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 
 from belt_tasks import summaries
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, DriftSpec, ScoreSpec
-from flows import run_names, tasks
+from flows import artifacts, run_names, tasks
 from flows.attempt import Seconds, attempt
 from flows.score import score
 
@@ -31,8 +30,8 @@ def evaluate(
         plan = tasks.plan_evaluation(corpus_uri, checkpoint_uri, corpus)
         manifest = score(corpus_uri, plan.checkpoint_uri, output_uri, corpus, spec, storage_block, drift=drift)
         receipt = tasks.evaluate_run(plan, corpus, manifest)
-        create_markdown_artifact(
+        artifacts.show(
+            "evaluate-summary",
             summaries.run_summary(manifest, asked_at=asked_at) + "\n" + summaries.evaluation_summary(receipt),
-            key="evaluate-summary",
         )
         return manifest, receipt

@@ -3,13 +3,12 @@
 from datetime import UTC, datetime
 
 from prefect import flow, unmapped
-from prefect.artifacts import create_markdown_artifact
 
 from belt_tasks import summaries
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, TrainSpec
-from flows import run_names, tasks
+from flows import artifacts, run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
@@ -68,8 +67,8 @@ def fine_tune(
             )
         else:
             trained = tasks.read_fine_tuning_receipt(plan.run)
-        create_markdown_artifact(
+        artifacts.show(
+            "fine-tune-summary",
             summaries.run_summary(manifest, asked_at=started_at) + "\n" + summaries.fine_tuning_summary(trained),
-            key="fine-tune-summary",
         )
         return manifest, trained

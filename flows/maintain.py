@@ -4,13 +4,12 @@ from datetime import timedelta
 from typing import Annotated
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from belt_tasks import summaries
 from belt_tasks.clean import Cleaned
 from belt_tasks.maintenance import TableCheck
-from flows import run_names, tasks
+from flows import artifacts, run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
@@ -33,5 +32,5 @@ def maintain(
         cleaned = tasks.clean_up(output_uri, older_than=timedelta(days=older_than_days))
         checks = tasks.check_tables(output_uri)
         told = summaries.clean_summary(cleaned) + "\n" + summaries.checks_summary(checks)
-        create_markdown_artifact(told, key="maintain-summary")
+        artifacts.show("maintain-summary", told)
         return cleaned, checks

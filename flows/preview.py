@@ -1,12 +1,11 @@
 """Say what a scoring would do, and how long it would take."""
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 
 from belt_tasks import summaries
 from belt_tasks.preview import ScorePreview
 from belt_tasks.specs import CorpusSpec, ScoreSpec
-from flows import run_names, tasks
+from flows import artifacts, run_names, tasks
 from flows.attempt import Seconds, attempt
 
 
@@ -23,5 +22,5 @@ def preview(
     """What `score` would find new, changed, gone or broken; parameters are those of `score`, nothing is written."""
     with attempt(storage_block, time_limit_s):
         found = tasks.preview_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
-        create_markdown_artifact(summaries.preview_summary(found), key="preview-summary")
+        artifacts.show("preview-summary", summaries.preview_summary(found))
         return found

@@ -3,14 +3,13 @@
 from typing import Annotated, Literal
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from belt_tasks import promotion, summaries
 from belt_tasks.promotion import Promotion
 from belt_tasks.specs import CorpusSpec, GateSpec, ScoreSpec
 from flows import approval as approvals
-from flows import run_names, tasks
+from flows import artifacts, run_names, tasks
 from flows.attempt import Seconds, attempt
 from flows.evaluate import evaluate
 
@@ -55,7 +54,7 @@ def promote(
             for each in plan.scorings
         ]
         record = tasks.decide_promotion(plan, manifests, corpus_uri, corpus, spec, gate)
-        create_markdown_artifact(summaries.decision_summary(record), key="promote-decision")
+        artifacts.show("promote-decision", summaries.decision_summary(record))
         if approval == "person" and record.decision != "reject":
             answer = approvals.ask(record)
             if not answer.approve:

@@ -3,12 +3,11 @@
 from datetime import UTC, datetime
 
 from prefect import flow, unmapped
-from prefect.artifacts import create_markdown_artifact
 
 from belt_tasks import run_list, summaries
 from belt_tasks.publishing import Manifest
 from belt_tasks.specs import CorpusSpec, DriftSpec, RaySpec, Runner, ScoreSpec
-from flows import events, run_names, runners, tasks
+from flows import artifacts, events, run_names, runners, tasks
 from flows.attempt import Seconds, attempt
 
 
@@ -41,7 +40,7 @@ def score(
         ray: the cluster and its workers.
     """
     with attempt(storage_block, time_limit_s), runners.scoring(runner, ray) as stages:
-        asked_at = datetime.now(UTC)
+        asked_at, links = datetime.now(UTC), artifacts.read_link_settings()
         while True:
             started_at = datetime.now(UTC)
             plan = stages.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
@@ -68,7 +67,11 @@ def score(
         if spec.export:
             tasks.export_predictions(plan.run.output_uri)
         told = summaries.run_summary(
-            manifest, asked_at=asked_at, earlier_steps=run_list.earlier_steps(manifest), report=report
+            manifest,
+            asked_at=asked_at,
+            earlier_steps=run_list.earlier_steps(manifest),
+            report=report,
+            links=artifacts.report_links(report, links),
         )
-        create_markdown_artifact(told, key="score-summary")
+        artifacts.show("score-summary", told)
         return manifest

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
@@ -18,6 +20,7 @@ from belt_tasks.errors import ConfigError
 from flows.evaluate import evaluate
 from flows.score import score
 from flows.storage_block import use_storage_block
+from tests.flows.test_flows import artifact
 from tests.s3_server import KEYS
 
 BELT = Path(sys.executable).parent / "belt"
@@ -53,6 +56,45 @@ def test_s3_gives_what_local_files_give(on_s3, labelled_corpus, tiny_checkpoint,
     assert far.rejected_by_reason == near.rejected_by_reason == {"text_null": 1}
     again = score(f"{on_s3}/corpus", f"{on_s3}/model", f"{on_s3}/out")
     assert again == far
+
+
+def test_a_report_opens_from_the_summary_for_as_long_as_asked_for(on_s3, client, monkeypatch):
+    monkeypatch.setenv("BELT_REPORT_LINK_HOURS", "24")
+    state = score(f"{on_s3}/corpus", f"{on_s3}/model", f"{on_s3}/out", return_state=True)
+
+    told = artifact(client, state, "score-summary")
+    links = dict(re.findall(r"^- (.+?): `[^`]+` \(\[open\]\((http\S+)\)\)$", told, flags=re.MULTILINE))
+    assert links.keys() == {"report", "data quality"}
+    run_id = state.result().run["run_id"]
+    for url in links.values():
+        assert "X-Amz-Expires=86400" in url
+        answer = httpx.get(url)
+        assert run_id in answer.text
+        assert answer.headers["content-type"] == "text/html"
+
+
+def test_a_report_that_cannot_be_signed_for_is_no_reason_to_fail(on_s3, client, monkeypatch, caplog):
+    def refused(*_):
+        raise ConfigError("no keys to sign with")
+
+    monkeypatch.setenv("BELT_REPORT_LINK_HOURS", "1")
+    monkeypatch.setattr(storage, "signed_url", refused)
+    state = score(f"{on_s3}/corpus", f"{on_s3}/model", f"{on_s3}/out", return_state=True)
+
+    assert state.is_completed()
+    assert "[open]" not in artifact(client, state, "score-summary")
+    assert "the report cannot be opened from the summary: no keys to sign with" in caplog.text
+
+
+@pytest.mark.parametrize("hours", ["0", "169", "a week"])
+def test_how_long_a_report_opens_is_checked_before_any_work(
+    labelled_corpus, tiny_checkpoint, tmp_path, monkeypatch, hours
+):
+    monkeypatch.setenv("BELT_REPORT_LINK_HOURS", hours)
+
+    with pytest.raises(ConfigError, match=rf"BELT_REPORT_LINK_HOURS: .*, got '{hours}'"):
+        score(labelled_corpus, tiny_checkpoint, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_block_has_the_secrets_and_nothing_else_does(on_s3, s3, block):

@@ -3,9 +3,12 @@
 import os
 import socket
 import threading
+import time
 from contextlib import contextmanager
+from datetime import timedelta
 
 import fsspec.config
+import httpx
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -155,6 +158,24 @@ def test_a_place_that_may_be_read_only_cannot_be_written(s3, s3_root, monkeypatc
     assert len(storage.list_files(s3_root, suffix=".parquet")) == 1
     with pytest.raises(ConfigError, match=rf"{s3_root}: cannot be written to .*AccessDenied"):
         storage.check_writable(s3_root)
+
+
+def test_a_signed_address_needs_no_credentials_and_ends(s3_root):
+    page = f"{s3_root}/a (b) c%/index.html"
+    storage.write_bytes(page, b"<p>hello")
+
+    url = storage.signed_url(page, timedelta(hours=1))
+    answer = httpx.get(url)
+    assert (answer.content, answer.headers["content-type"]) == (b"<p>hello", "text/html")
+
+    short = storage.signed_url(page, timedelta(seconds=1))
+    time.sleep(2.5)
+    for refused in (short, url.partition("?")[0], url.replace("index", "other")):
+        assert httpx.get(refused).status_code == httpx.codes.FORBIDDEN
+
+
+def test_a_local_file_has_no_signed_address(tmp_path):
+    assert storage.signed_url(str(tmp_path / "index.html"), timedelta(hours=1)) is None
 
 
 def test_a_public_bucket_is_read_without_a_signature(s3, s3_root, tmp_path, monkeypatch):

@@ -79,12 +79,12 @@ def test_run_summary():
         "| encode | 50.0 s | 21,000 |",
         "",
         "- output: `s3://bucket/out`",
-        "- run: `s3://bucket/out/runs/0123456789abcdef` ([open](s3://bucket/out/runs/0123456789abcdef))",
+        "- run: `s3://bucket/out/runs/0123456789abcdef`",
         "- manifest: `s3://bucket/out/runs/0123456789abcdef/manifest.json`",
-        "- predictions: `s3://bucket/out/tables/predictions` ([open](s3://bucket/out/tables/predictions)) (Delta Lake)",
-        "- evidence: `s3://bucket/out/tables/evidence` ([open](s3://bucket/out/tables/evidence)) (Delta Lake)",
-        "- rejected: `s3://bucket/out/tables/rejected` ([open](s3://bucket/out/tables/rejected)) (Delta Lake)",
-        "- runs: `s3://bucket/out/tables/runs` ([open](s3://bucket/out/tables/runs)) (Delta Lake)",
+        "- predictions: `s3://bucket/out/tables/predictions` (Delta Lake)",
+        "- evidence: `s3://bucket/out/tables/evidence` (Delta Lake)",
+        "- rejected: `s3://bucket/out/tables/rejected` (Delta Lake)",
+        "- runs: `s3://bucket/out/tables/runs` (Delta Lake)",
     ]
 
 
@@ -114,11 +114,21 @@ def test_a_summary_leads_to_the_report_and_says_whether_there_is_drift():
         "This run is what later ones are compared with.",
         "",
         "- output: `s3://bucket/out`",
-        f"- report: `{folder}/report/index.html` ([open]({folder}/report/index.html))",
-        f"- data quality: `{folder}/report/rejected.html` ([open]({folder}/report/rejected.html))",
+        f"- report: `{folder}/report/index.html`",
+        f"- data quality: `{folder}/report/rejected.html`",
         f"- statistics: `{folder}/statistics.json`",
-        f"- run: `{folder}` ([open]({folder}))",
+        f"- run: `{folder}`",
     ]
+
+
+def test_a_page_with_an_address_can_be_opened():
+    page = report("s3://bucket/out").report_uri
+    links = {page: "https://store/page?signature=a"}
+
+    told = summaries.run_summary(manifest(), asked_at=ASKED_AT, report=report("s3://bucket/out"), links=links)
+
+    assert f"- report: `{page}` ([open](https://store/page?signature=a))" in told.splitlines()
+    assert told.count("[open]") == 1
 
 
 def test_a_link_to_a_file_is_one_whatever_the_folder_is_called():

@@ -1,0 +1,63 @@
+"""Artifacts: what people see of a flow run on its page, beside its log."""
+
+import logging
+from datetime import timedelta
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from belt_tasks import storage
+from belt_tasks.errors import BeltError, ConfigError
+from belt_tasks.report import ScoreReport
+
+log = logging.getLogger(__name__)
+
+
+class LinkSettings(BaseSettings):
+    """Whether pages in an object store can be opened from a summary; read from the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="BELT_", env_ignore_empty=True, extra="ignore")
+
+    report_link_hours: int | None = Field(None, ge=1, le=168)
+    """So long may whoever sees the summary of a run open its report, without credentials of the store."""
+
+
+def read_link_settings() -> LinkSettings:
+    """What the environment says.
+
+    Raises:
+        ConfigError: it is wrong.
+    """
+    try:
+        return LinkSettings()
+    except ValidationError as error:
+        (first,) = error.errors()
+        raise ConfigError(f"BELT_REPORT_LINK_HOURS: {first['msg']}, got {first['input']!r}") from error
+
+
+def show(key: str, markdown: str) -> None:
+    """Make an artifact of the present run, in a series of its kind.
+
+    Args:
+        key: of the series: lowercase letters, digits and hyphens.
+        markdown: what it shows.
+    """
+    create_markdown_artifact(markdown, key=key, description=flow_run.get_name())
+
+
+def report_links(report: ScoreReport | None, settings: LinkSettings) -> dict[str, str]:
+    """Signed addresses, by URI, of those pages of a report that are in an object store.
+
+    One that signs nothing is a warning: no run fails for it.
+    """
+    if report is None or settings.report_link_hours is None:
+        return {}
+    valid_for = timedelta(hours=settings.report_link_hours)
+    try:
+        signed = {uri: storage.signed_url(uri, valid_for) for uri in (report.report_uri, report.quality_uri)}
+    except BeltError as error:
+        log.warning("the report cannot be opened from the summary: %s", error)
+        return {}
+    return {uri: url for uri, url in signed.items() if url is not None}
