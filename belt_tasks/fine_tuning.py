@@ -12,9 +12,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from belt_tasks import encoder, gradient, heads, metrics, progress, publishing, scoring, storage
+from belt_tasks import (
+    data_parallel,
+    encoder,
+    gradient,
+    heads,
+    metrics,
+    object_stores,
+    progress,
+    publishing,
+    scoring,
+    storage,
+)
 from belt_tasks.batches import MiniBatch, collate, plan_batches
 from belt_tasks.checkpoint import CARD_NAME, CheckpointCard, save_checkpoint
+from belt_tasks.data_parallel import ALONE, Ranks
 from belt_tasks.encoder import ChunkModel
 from belt_tasks.engine import build_encoder
 from belt_tasks.errors import ConfigError
@@ -81,9 +93,19 @@ class Trainer:
     special: SpecialTokens
     spec: TrainSpec
     device: torch.device
+    ranks: Ranks = ALONE
 
     def batch_loss(self, documents: Int64, *, weight: float, scale: Callable[[Tensor], Tensor]) -> float:
-        """Add the gradient of `weight` x the mean loss of some documents to the weights; returns their mean loss."""
+        """Add the gradient of `weight` x the mean loss of some documents to the weights; returns their mean loss.
+
+        The gradient is that of this rank's share of them.
+        """
+        mine = self.ranks.share(documents)
+        share = len(mine) / len(documents)
+        loss = self._share_loss(mine, weight=weight * share, scale=scale) if len(mine) else 0.0
+        return self.ranks.sum(loss * share)
+
+    def _share_loss(self, documents: Int64, *, weight: float, scale: Callable[[Tensor], Tensor]) -> float:
         windows = self.windows.of_documents(documents)
         target = self._target(documents)
 
@@ -98,6 +120,16 @@ class Trainer:
 
     def evaluate(self, documents: Int64) -> dict[str, Any]:
         """Loss and metrics on some documents, in eval mode."""
+        head, target = self.training_set.head, self.training_set.target[documents]
+        mine = self.ranks.share(documents)
+        logits = self._logits(mine) if len(mine) else torch.zeros(0, head.num_logits)
+        logits_DL = self.ranks.gather(logits, num_rows=len(documents))
+        loss = heads.loss(logits_DL, torch.from_numpy(target), head).item()
+        scores_DL = heads.scores(logits_DL.double(), head).numpy()
+        return {"loss": loss, **metrics.task_metrics(head.task, target, scores_DL, head.labels)}
+
+    def _logits(self, documents: Int64) -> Tensor:
+        """Pooled logits [D, L] of documents, on the CPU."""
         windows = self.windows.of_documents(documents)
         self.model.eval()
         outputs_CK = scoring.encode_windows(
@@ -109,10 +141,7 @@ class Trainer:
             batches=self.spec.batches,
         )
         self.model.train()
-        scores = scoring.score_windows(outputs_CK, windows, spec=self.spec.pooling, head=self.training_set.head)
-        head, target = self.training_set.head, self.training_set.target[documents]
-        loss = heads.loss(torch.from_numpy(scores.logits_DL), torch.from_numpy(target), head).item()
-        return {"loss": loss, **metrics.task_metrics(head.task, target, scores.scores_DL, head.labels)}
+        return scoring.pool_windows(outputs_CK, windows, spec=self.spec.pooling, head=self.training_set.head)
 
     def _forward(self, batch: MiniBatch) -> Tensor:
         with self._autocast():
@@ -145,7 +174,7 @@ class Trainer:
 
 
 def fine_tune(
-    training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str, checkpoint_uri: str
+    training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str, checkpoint_uri: str, ranks: Ranks = ALONE
 ) -> FineTuningReceipt:
     """Fine-tune an encoder on labelled documents, and write the epoch with the least validation loss.
 
@@ -154,6 +183,7 @@ def fine_tune(
         spec: how.
         encoder_source: local directory or hub name of the encoder to begin with.
         checkpoint_uri: directory to write.
+        ranks: the processes that share the work; the others call `fit` with the same arguments.
 
     Raises:
         ConfigError: the encoder cannot be loaded or read such chunks, no document is left to train on, or the loss
@@ -161,16 +191,8 @@ def fine_tune(
     """
     clock = Stopwatch()
     with clock.time("training"):
-        torch.manual_seed(spec.seed)
-        trainer = build_trainer(training_set, spec, encoder_source=encoder_source)
-        held_out_D = training_set.held_out_D(spec.validation_fraction, spec.seed)
-        training, validation = np.flatnonzero(~held_out_D), np.flatnonzero(held_out_D)
-        if len(training) == 0:
-            raise ConfigError(
-                f"no document is left to train on: validation_fraction {spec.validation_fraction} holds out "
-                f"all {len(validation)}"
-            )
-        best, epochs = _train(trainer, training, validation)
+        fitted = fit(training_set, spec, encoder_source=encoder_source, ranks=ranks)
+    trainer, epochs, best = fitted.trainer, fitted.epochs, fitted.best
     card = _save(trainer, epochs[best], encoder_source=encoder_source, checkpoint_uri=checkpoint_uri)
     windows = trainer.windows
     return FineTuningReceipt(
@@ -178,14 +200,63 @@ def fine_tune(
         checkpoint_digest=card.digest,
         labels=training_set.head.labels,
         task=training_set.head.task,
-        num_training_documents=len(training),
-        num_validation_documents=len(validation),
+        num_training_documents=fitted.num_training_documents,
+        num_validation_documents=fitted.num_validation_documents,
         epochs=tuple(epochs),
         best_epoch=best + 1,
         num_chunks=windows.num_chunks,
         num_tokens_scored=int(windows.new_tokens_C().sum()),
         num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
         training_s=clock.seconds["training"],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A trainer whose model has the weights of the best epoch."""
+
+    trainer: Trainer
+    epochs: list[Epoch]
+    best: int
+    """Position of the best one."""
+    num_training_documents: int
+    num_validation_documents: int
+
+
+def fit(training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str, ranks: Ranks = ALONE) -> Fitted:
+    """Train; see `fine_tune`. All ranks do, and have the same weights afterwards."""
+    torch.manual_seed(spec.seed)
+    trainer = build_trainer(training_set, spec, encoder_source=encoder_source, ranks=ranks)
+    held_out_D = training_set.held_out_D(spec.validation_fraction, spec.seed)
+    training, validation = np.flatnonzero(~held_out_D), np.flatnonzero(held_out_D)
+    if len(training) == 0:
+        raise ConfigError(
+            f"no document is left to train on: validation_fraction {spec.validation_fraction} holds out "
+            f"all {len(validation)}"
+        )
+    if ranks.rank:
+        torch.manual_seed(spec.seed + ranks.rank)  # the same weights, but dropout of its own
+    best, epochs = _train(trainer, training, validation)
+    return Fitted(
+        trainer=trainer,
+        epochs=epochs,
+        best=best,
+        num_training_documents=len(training),
+        num_validation_documents=len(validation),
+    )
+
+
+def load(plan: TrainPlan, receipts: list[ShardReceipt], corpus: CorpusSpec) -> TrainingSet:
+    """The training set of a run's prepared shards.
+
+    Raises:
+        ConfigError: see `load_training_set`.
+    """
+    return load_training_set(
+        [storage.join(plan.run.output_uri, file.path) for receipt in receipts for file in receipt.files_of("tokens")],
+        task=plan.task,
+        target_name=corpus.label_column,
+        label_role=plan.label_role,
     )
 
 
@@ -201,20 +272,25 @@ def fine_tune_prepared(
         spec: how.
 
     Raises:
-        ConfigError: see `load_training_set` and `fine_tune`.
+        ConfigError: see `load_training_set`, `fine_tune` and `data_parallel.ranks`.
+        TransientError: one of several processes was killed.
     """
-    training_set = load_training_set(
-        [storage.join(plan.run.output_uri, file.path) for receipt in receipts for file in receipt.files_of("tokens")],
-        task=plan.task,
-        target_name=corpus.label_column,
-        label_role=plan.label_role,
-    )
-    receipt = fine_tune(
-        training_set,
-        spec,
-        encoder_source=plan.encoder,
-        checkpoint_uri=storage.join(plan.run.uri, "checkpoint"),
-    )
+    training_set = load(plan, receipts, corpus)
+    job = {
+        "plan": plan.model_dump(mode="json"),
+        "receipts": [receipt.model_dump(mode="json") for receipt in receipts],
+        "corpus": corpus.model_dump(mode="json"),
+        "spec": spec.model_dump(mode="json"),
+        "storage": object_stores.configured(),
+    }
+    with data_parallel.ranks(spec.num_devices, spec.device, job) as ranks:
+        receipt = fine_tune(
+            training_set,
+            spec,
+            encoder_source=plan.encoder,
+            checkpoint_uri=storage.join(plan.run.uri, "checkpoint"),
+            ranks=ranks,
+        )
     storage.write_bytes(_receipt_uri(plan.run), receipt.model_dump_json(indent=1).encode())
     return receipt
 
@@ -230,13 +306,13 @@ def read_receipt(run: RunRef) -> FineTuningReceipt:
     return FineTuningReceipt.model_validate_json(storage.read_bytes(_receipt_uri(run)))
 
 
-def build_trainer(training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str) -> Trainer:
+def build_trainer(training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str, ranks: Ranks = ALONE) -> Trainer:
     """Load the encoder, put a new head on it, and cut the documents.
 
     Raises:
         ConfigError: the encoder cannot be loaded or cannot read such chunks.
     """
-    device = encoder.choose_device(spec.device)
+    device = ranks.device or encoder.choose_device(spec.device)
     special = load_tokenizer(encoder_source).special
     model = ChunkModel(
         encoder.load_body(encoder_source, dropout=spec.dropout),
@@ -246,7 +322,13 @@ def build_trainer(training_set: TrainingSet, spec: TrainSpec, *, encoder_source:
     encoder.check_chunk_size(spec.chunks, special, encoder.num_positions(model), source=encoder_source)
     windows = chunk_windows(np.diff(training_set.offsets), spec.chunks, document_seed_D=training_set.document_seed_D)
     return Trainer(
-        model=model.to(device), training_set=training_set, windows=windows, special=special, spec=spec, device=device
+        model=model.to(device),
+        training_set=training_set,
+        windows=windows,
+        special=special,
+        spec=spec,
+        device=device,
+        ranks=ranks,
     )
 
 
@@ -282,6 +364,7 @@ def train_epochs(trainer: Trainer, documents: Int64) -> Iterator[list[float]]:
                         f"lower learning_rate ({spec.learning_rate})"
                     )
                 progress.advance("fine-tune", len(batch))
+            trainer.ranks.sum_gradients(model)
             scaler.unscale_(optimizer)
             if spec.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), spec.max_grad_norm)

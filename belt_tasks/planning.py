@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import corpus as corpora
-from belt_tasks import encoder, milestones, progress, storage, training_set
+from belt_tasks import data_parallel, encoder, milestones, progress, storage, training_set
 from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, read_manifest, run_id_of
@@ -89,6 +89,7 @@ def plan_fine_tuning(
     label_role: LabelRole = training_set.LABEL_ROLES[task] if task else "label"
     shards = corpora.plan_shards(corpus_uri, corpus, label_role=label_role)
     device = encoder.choose_device(spec.device)
+    data_parallel.check(spec.num_devices, spec.device)
     encoder_source = _absolute_source(encoder_source)
     encoder.check_chunk_size(
         spec.chunks,

@@ -239,6 +239,10 @@ class TrainSpec(Spec):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
 
+    num_devices: int = Field(default=1, ge=1)
+    """GPUs of this machine, or processes on its CPU, that share every batch of documents; the result is the same but
+    for float noise and the draws of dropout."""
+
     epochs: int = Field(default=3, ge=1)
     """Passes over the training documents."""
 

@@ -324,6 +324,7 @@ def _worker(stack: Stack, pool: str, *, limit: int) -> Service:
             "PREFECT_LOGGING_EXTRA_LOGGERS": "belt_tasks",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # automations.yaml waits three times as long
+            "BELT_REPORT_LINK_HOURS": "168",  # whoever sees Prefect's pages here may see reports
             "MPLCONFIGDIR": str(stack.folder / "matplotlib"),
         },
     )

@@ -190,7 +190,7 @@ def _wait_for(stack: Stack, name: str) -> None:
 def _deploy(stack: Stack) -> None:
     """Run `belt deploy`; what the environment says of the site stands, the rest is an example in the object store."""
     site = {name: value for name, value in os.environ.items() if name.startswith("BELT_")}
-    if "BELT_CORPUS_URI" not in site:
+    if not _required() <= site.keys():
         typer.echo("writing an example corpus ...", nl=False)
         site = _write_example(stack) | site
         typer.echo(" done")
@@ -206,6 +206,14 @@ def _deploy(stack: Stack) -> None:
     if done.returncode:
         raise BeltError(done.stderr.strip().removeprefix("Error: "))
     typer.echo(done.stdout.strip())
+
+
+def _required() -> set[str]:
+    """Variables that a site must set."""
+    from flows.deploy import DeploySettings  # noqa: PLC0415 - imports Prefect, which services do without
+
+    fields = DeploySettings.model_fields.items()
+    return {f"BELT_{name.upper()}" for name, field in fields if field.is_required()}
 
 
 def _write_example(stack: Stack) -> dict[str, str]:

@@ -282,6 +282,7 @@ def fine_tune(
     pooling_space: PoolingSpace = None,
     max_batch_tokens: MaxBatchTokens = None,
     device: Device = None,
+    num_devices: Annotated[str | None, option(specs.TrainSpec, "num_devices")] = None,
     epochs: Annotated[str | None, option(specs.TrainSpec, "epochs")] = None,
     learning_rate: Annotated[str | None, option(specs.TrainSpec, "learning_rate")] = None,
     weight_decay: Annotated[str | None, option(specs.TrainSpec, "weight_decay")] = None,

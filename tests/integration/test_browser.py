@@ -1,32 +1,21 @@
 """The pages of a report in a real browser: they show all that they should, and nothing that a corpus holds runs."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
 from belt_tasks.publishing import RunRef
 from belt_tasks.report import ScoreReport, score_report
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, DriftSpec, ScoreSpec
+from tests.browser import Watch, launched
 from tests.conftest import save_tiny_checkpoint, words
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "chromium")
-OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SCRIPT = "<script>alert(1)</script>"
 HOSTILE = [
     SCRIPT,
@@ -71,29 +60,8 @@ def hostile(tmp_path_factory, tiny_encoder) -> list[ScoreReport]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    with launched() as browser:
         yield browser
-        browser.close()
-
-
-class Watch:
-    """What a page did that it should not have."""
-
-    def __init__(self, page: Page) -> None:
-        self.said: list[str] = []
-        page.on("console", lambda message: self.said.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        page.on("request", self._request)
-        page.on("dialog", self._dialog)
-
-    def _request(self, request) -> None:
-        if not request.url.startswith(("data:", "file:")):
-            self.said.append(f"request: {request.url}")
-
-    def _dialog(self, dialog) -> None:
-        self.said.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
 
 
 def opened(context: BrowserContext, uri: str) -> tuple[Page, Watch]:

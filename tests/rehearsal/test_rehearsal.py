@@ -18,12 +18,17 @@ from uuid import UUID
 import polars as pl
 import psutil
 import pytest
+from playwright.sync_api import BrowserContext, Page
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from belt_tasks import registry, score_tables
+from belt_tasks import registry, score_tables, storage
 from belt_tasks.score_corpus import score_corpus
 from deployments import stack as stacks
+from tests.browser import Watch, launched
+from tests.conftest import labelled_rows
 from tests.integration.fault_runs import assert_same, comparable, entity_tags, finished_objects, read
 from tests.rehearsal.rehearsal import BIN, wait_until
 
@@ -38,7 +43,14 @@ DEPLOYMENTS = {
     "watch/watch-labels": {},
     "maintain/maintenance": {},
 }
+OUTPUT = "s3://belt/predictions"
 SOME_SHARDS = 10
+# what Prefect's own pages say in the console whatever they show
+PREFECT_SAYS = (
+    "Failed to load resource: the server responded with a status of 404",
+    "Invalid TaskInputResponse",
+    "GL Driver Message",
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,23 +155,83 @@ def test_each_deployment_runs_when_it_is_triggered(rehearsal, stores, expected):
     assert_same(read("s3://belt/on-demand", "predictions"), expected)
 
 
+def by_automation(rehearsal) -> list[FlowRun]:
+    """Runs that a trigger made."""
+    runs = rehearsal.ask(lambda client: client.read_flow_runs())
+    return [run for run in runs if run.created_by is not None and run.created_by.type == "AUTOMATION"]
+
+
+def kinds(runs: list[FlowRun]) -> Counter[str]:
+    """How many are of which flow, once they have begun."""
+    return Counter(run.name.partition(" ")[0] for run in runs)
+
+
 def test_new_labels_start_a_retraining_once_and_its_model_is_promoted(rehearsal, stores):  # noqa: ARG001
     """Two fine-tunings were completed, one by hand and one for the labels: each is followed by a comparison."""
-    found: list[Any] = []
+    found: list[FlowRun] = []
 
     def all_ended() -> bool:
-        found[:] = [
-            run
-            for run in rehearsal.ask(lambda client: client.read_flow_runs())
-            if run.created_by is not None and run.created_by.type == "AUTOMATION"
-        ]
+        found[:] = by_automation(rehearsal)
         return len(found) >= 3 and all(run.state.is_final() for run in found)
 
     wait_until(all_ended, lambda: f"{found}\n{rehearsal.logs()}")
-    assert Counter(run.name.partition(" ")[0] for run in found) == {"fine-tune": 1, "promote": 2}
+    assert kinds(found) == {"fine-tune": 1, "promote": 2}
     assert {run.state.name for run in found} == {"Completed"}
     champion = registry.aliases(registry.history("s3://belt/models/registry"))["champion"]
     assert champion.why
+
+
+def of_run(run_id: UUID) -> ArtifactFilter:
+    """Artifacts of a run."""
+    return ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+
+
+@pytest.fixture
+def pages(rehearsal) -> Iterator[BrowserContext]:
+    """Prefect's UI, in a browser."""
+    with launched() as browser, browser.new_context(base_url=rehearsal.stack.api_url.removesuffix("/api")) as context:
+        yield context
+
+
+def opened(pages: BrowserContext, path: str, *, shows: str) -> tuple[Page, Watch]:
+    """A page of Prefect's, once it shows some words."""
+    page = pages.new_page()
+    watch = Watch(page, may_ask=("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:"), may_say=PREFECT_SAYS)
+    page.goto(path)
+    page.get_by_text(shows).first.wait_for()
+    return page, watch
+
+
+@pytest.mark.browser
+def test_prefects_pages_show_runs_by_name_their_progress_and_the_way_to_the_report(rehearsal, pages, tmp_path):
+    runs = [rehearsal.run(run_id) for run_id in rehearsal.run_ids]
+    nightly = next(run for run in runs if run.name.startswith("score") and run.parameters["output_uri"] == OUTPUT)
+    assert nightly.name == f"score s3://belt/corpus {nightly.expected_start_time:%Y-%m-%d %H:%M} UTC"
+    made = rehearsal.ask(lambda client: client.read_artifacts(artifact_filter=of_run(nightly.id)))
+    found = {each.key: each for each in made}
+    assert found.keys() == {"score-progress", "score-summary"}
+    summary, progress = (f"/artifacts/artifact/{found[f'score-{kind}'].id}" for kind in ("summary", "progress"))
+    shown = [
+        opened(pages, path, shows=words)
+        for path, words in (
+            ("/dashboard", "Flow Runs"),
+            ("/runs", nightly.name),
+            (f"/runs/flow-run/{nightly.id}", "planned: 60 shards"),  # in the log
+            ("/deployments", "score-nightly"),
+            (f"/deployments/deployment/{nightly.deployment_id}/run", "max_rejected_share"),
+            ("/automations", "belt: a run that crashed goes on"),
+            (progress, "719 of 719 documents"),
+            (summary, "rejected rows"),
+        )
+    ]
+    for number, (page, watch) in enumerate(shown):
+        page.screenshot(path=tmp_path / f"{number}.png")
+        assert watch.said == [], page.url
+
+    summary_page = shown[-1][0]
+    with summary_page.expect_popup() if False else summary_page.expect_navigation():
+        summary_page.get_by_role("link", name="open").first.click()
+    assert summary_page.locator("h1").inner_text().startswith("score")
 
 
 def test_wrong_parameters_are_refused_by_the_command_line(rehearsal):
@@ -286,3 +358,25 @@ def test_stopped_and_started_again_nothing_is_lost(rehearsal, stores, expected):
 
     assert_same(read(output, "predictions"), expected)
     assert_same(read("s3://belt/predictions", "predictions"), expected)
+
+
+def test_drift_starts_a_retraining_once(rehearsal, stores):  # noqa: ARG001
+    """The last of all: the main output is of another corpus after it."""
+    before = {run.id for run in by_automation(rehearsal)}
+    drifted = labelled_rows(240, seed=7, most_words=600)
+    storage.write_parquet("s3://belt/drifted/part-0.parquet", drifted.to_arrow())
+    found: list[FlowRun] = []
+
+    def followed() -> bool:
+        found[:] = [run for run in by_automation(rehearsal) if run.id not in before]
+        return len(found) >= 2 and all(run.state.is_final() for run in found)
+
+    for _ in range(2):
+        run_id = rehearsal.trigger("score/score-nightly", corpus_uri="s3://belt/drifted")
+        rehearsal.wait(run_id, "Completed")
+        wait_until(followed, lambda: f"{found}\n{rehearsal.logs()}")
+
+    told = rehearsal.ask(lambda client: client.read_artifacts(artifact_filter=of_run(run_id)))
+    assert any("Drift: " in each.data for each in told if each.type == "markdown")
+    assert kinds(found) == {"fine-tune": 1, "promote": 1}
+    assert {run.state.name for run in found} == {"Completed"}
