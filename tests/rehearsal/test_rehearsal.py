@@ -287,6 +287,15 @@ def test_a_cancelled_night_stops_and_another_goes_on_from_it(rehearsal, stores, 
     assert_same(read(output, "predictions"), expected)
 
 
+def test_a_night_on_ray_is_one_by_threads(rehearsal, stores, expected):  # noqa: ARG001
+    output = "s3://belt/on-ray"
+    ray = {"num_workers": 2, "start_timeout_s": 600}
+    run_id = rehearsal.trigger("score/score-on-demand", output_uri=output, runner="ray", ray=ray)
+    rehearsal.wait(run_id, "Completed")
+
+    assert_same(read(output, "predictions"), expected)
+
+
 def test_who_wants_to_be_told_is_told_once_of_a_run_that_failed(rehearsal, receiver):
     run_id = rehearsal.trigger("score/score-on-demand", corpus_uri="s3://belt/nowhere", output_uri="s3://belt/none")
     run = rehearsal.wait(run_id, "Failed")
