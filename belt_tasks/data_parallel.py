@@ -219,8 +219,9 @@ class _Other:
             return
         self._said.seek(0)
         lines = self._said.read()[-TAIL_CHARS:].strip().splitlines()
-        why = lines[-1].removeprefix("Error: ") if lines else f"exit code {code}"
-        kind: type[BeltError] = TransientError if code < 0 else ConfigError
+        was_killed = code < 0
+        why = lines[-1].removeprefix("Error: ") if lines and not was_killed else f"exit code {code}"
+        kind: type[BeltError] = TransientError if was_killed else ConfigError
         raise kind(f"rank {self._rank} of the fine-tuning ended: {why}") from cause
 
     def end(self) -> None:
