@@ -54,7 +54,7 @@ def test_every_command_does_what_its_runbook_says(folder):
     said = dict(part.split("\n", 1) for part in done.stdout.split(STEP)[1:])
     assert "Deployed score-nightly, " in said["First deployment"]
     runs = re.compile(r"^\| [0-9a-f]{16} \| (\w+) \| score \|", re.MULTILINE)
-    assert runs.findall(said["First deployment"]) == ["published"]
+    assert runs.findall(said["First deployment"]) == ["shown"]
     assert re.search(r"^\| [0-9a-f]{64} \| champion \|", said["Change the model"], re.MULTILINE)
     assert "Deployed score-nightly-reviews, " in said["Add a corpus"]
     assert re.search("problem: 0$", said["A night failed"], re.MULTILINE)
