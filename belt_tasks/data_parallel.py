@@ -8,6 +8,7 @@ with every backward pass, and the exact gradient of long documents takes one for
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,11 +163,12 @@ def joined(rank: int, size: int, device: str, folder: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def end_with_parent(pipe: IO[str]) -> None:
-    """End this process when whoever started it does: the pipe from there closes."""
+def end_with_parent(pipe: IO[str], folder: str) -> None:
+    """End this process when whoever started it does, and leave no folder: the pipe from there closes."""
 
     def wait() -> None:
         pipe.read()
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

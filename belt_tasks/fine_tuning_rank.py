@@ -19,7 +19,7 @@ from belt_tasks.specs import CorpusSpec, TrainSpec
 def main() -> None:
     """Do the job."""
     job = json.loads(sys.stdin.readline())
-    data_parallel.end_with_parent(sys.stdin)
+    data_parallel.end_with_parent(sys.stdin, job["folder"])
     torch.set_num_threads(max(1, joblib.cpu_count() // job["size"]))
     spec = TrainSpec.model_validate(job["spec"])
     plan = TrainPlan.model_validate(job["plan"])

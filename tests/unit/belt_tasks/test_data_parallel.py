@@ -1,5 +1,6 @@
 """Fine-tuning by several processes, on a CPU as it would be on GPUs: the same weights, and nobody is left behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -177,9 +178,12 @@ here.fine_tuned(corpus, Path(encoder), Path(output), spec)
 def test_the_others_end_with_a_parent_that_is_killed_and_listen_to_this_machine_alone(
     labelled_corpus, tiny_encoder, tmp_path
 ):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, labelled_corpus, str(tiny_encoder), str(tmp_path)],
         cwd=Path(__file__).parents[3],
+        env=os.environ | {"TMPDIR": str(temporary)},
     )
     try:
         process = psutil.Process(parent.pid)
@@ -205,6 +209,7 @@ def test_the_others_end_with_a_parent_that_is_killed_and_listen_to_this_machine_
     assert len(children) == 1
     psutil.wait_procs(children, timeout=30)
     assert not children[0].is_running()
+    assert list(temporary.glob("belt-ranks-*")) == []
 
 
 @pytest.mark.parametrize(
