@@ -55,7 +55,7 @@ def test_every_command_does_what_its_runbook_says(folder):
     assert "Deployed score-nightly, " in said["First deployment"]
     runs = re.compile(r"^\| [0-9a-f]{16} \| (\w+) \| score \|", re.MULTILINE)
     assert runs.findall(said["First deployment"]) == ["shown"]
-    assert re.search(r"^\| [0-9a-f]{64} \| champion \|", said["Change the model"], re.MULTILINE)
+    assert re.search(r"^\| [0-9a-f]{64} \| challenger, champion \|", said["Change the model"], re.MULTILINE)
     assert "Deployed score-nightly-reviews, " in said["Add a corpus"]
     assert re.search("problem: 0$", said["A night failed"], re.MULTILINE)
     assert len(runs.findall(said["A night failed"])) == 2
