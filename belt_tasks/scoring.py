@@ -1,6 +1,6 @@
 """Scoring: tokens to document scores. Chunks of many documents share mini-batches; results are written by index."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,6 +35,7 @@ def encode_windows(
     first_token_D: npt.NDArray[np.int64],
     special: SpecialTokens,
     batches: BatchSpec,
+    on_share: Callable[[float], None] = lambda _: None,
 ) -> Tensor:
     """Chunk outputs of all windows: float32 [C, K] on the CPU, in the order of the windows.
 
@@ -47,19 +48,29 @@ def encode_windows(
         first_token_D: where each of these documents begins in `input_ids_T`.
         special: tokens to put around and behind the content.
         batches: the budget of a mini-batch.
+        on_share: called with the share of the tokens that is encoded, after every mini-batch.
 
     Raises:
         torch.OutOfMemoryError: one chunk alone does not fit.
     """
     num_tokens_C = windows.stop_C - windows.start_C + special.num_tokens
-    progress.advance("encode", 0, num_more=int(num_tokens_C.sum()))
+    num_tokens, num_done = int(num_tokens_C.sum()), 0
+
+    def tell(rows_B: Int64) -> None:
+        nonlocal num_done
+        num_more = int(num_tokens_C[rows_B].sum())
+        num_done += num_more
+        progress.advance("encode", num_more)
+        on_share(num_done / num_tokens)
+
+    progress.advance("encode", 0, num_more=num_tokens)
     return workers.encode_all(
         encoder,
         plan_batches(num_tokens_C, max_batch_tokens=batches.max_batch_tokens or encoder.batch_tokens),
         lambda rows_B: collate(
             rows_B, input_ids_T=input_ids_T, windows=windows, first_token_D=first_token_D, special=special
         ),
-        on_done=lambda rows_B: progress.advance("encode", int(num_tokens_C[rows_B].sum())),
+        on_done=tell,
     )
 
 
@@ -203,8 +214,10 @@ class Scorer:
         seeds_D = prepare.document_seeds(content_fingerprints_D) if self.chunks.selection == "random_k" else None
         return chunk_windows(tokens.num_tokens_D, self.chunks, document_seed_D=seeds_D)
 
-    def encode(self, tokens: Tokens, documents: Int64, windows: Windows) -> Tensor:
-        """Chunk outputs, float32 [C, K] on the CPU, of the windows of some documents, at least one."""
+    def encode(
+        self, tokens: Tokens, documents: Int64, windows: Windows, on_share: Callable[[float], None] = lambda _: None
+    ) -> Tensor:
+        """Chunk outputs, float32 [C, K] on the CPU, of the windows of some documents; see `encode_windows`."""
         return encode_windows(
             self.encoder,
             tokens.input_ids_T,
@@ -212,6 +225,7 @@ class Scorer:
             first_token_D=tokens.offsets[:-1][documents],
             special=self.checkpoint.tokenizer.special,
             batches=self.batches,
+            on_share=on_share,
         )
 
     def pool(self, outputs_CK: Tensor, windows: Windows) -> DocumentScores:

@@ -91,8 +91,8 @@ def score_shard(
     finished = publishing.finished_shard(run, shard)
     if finished is not None:
         num_rows = finished.counts.num_documents + finished.counts.num_rejected
-        progress.advance("tokenize", num_rows)
-        progress.advance("score", num_rows)
+        for stage in ("tokenize", "score"):
+            progress.advance(stage, 0, num_more=-num_rows)  # nothing to do for this attempt
         return finished
     scorer = Scorer.of(cache.get(checkpoint_uri, checkpoint_digest), spec)
     claims = Claims(score_store.of_run(run.uri))
@@ -136,7 +136,8 @@ def score_shard(
                     writer.write(_evidence(block, windows, scored, scorer, run.run_id), "evidence")
                 counts += Counts(num_documents=good.num_rows)
         counts += scored.counts
-        progress.advance("score", len(block.documents) + len(block.rejected))
+        is_counted = encoded[0].new_windows is not None  # by `encode_block`
+        progress.advance("score", len(block.rejected) + (0 if is_counted else len(block.documents)))
 
     more = () if spec.evidence == "none" else ("evidence",)
     try:
@@ -183,10 +184,21 @@ def plan_block(block: TokenBlock, scorer: Scorer, claims: Claims) -> PlannedBloc
 
 
 def encode_block(planned: PlannedBlock, scorer: Scorer) -> Tensor | None:
-    """Chunk outputs of the documents that are to be encoded; None where there are none."""
+    """Chunk outputs of the documents that are to be encoded; None where there are none.
+
+    The documents of the block count as scored as its tokens are encoded.
+    """
     if planned.new_windows is None:
         return None
-    return scorer.encode(planned.block.tokens, planned.new_documents, planned.new_windows)
+    num_documents, num_told = len(planned.block.documents), 0
+
+    def tell(share: float) -> None:
+        nonlocal num_told
+        num_done = int(share * num_documents)
+        progress.advance("score", num_done - num_told)
+        num_told = num_done
+
+    return scorer.encode(planned.block.tokens, planned.new_documents, planned.new_windows, on_share=tell)
 
 
 def score_block(planned: PlannedBlock, outputs_CK: Tensor | None, scorer: Scorer, claims: Claims) -> ScoredBlock:

@@ -50,7 +50,8 @@ class Pace:
             task = self._of_stage[stage]
             if num_more and stage not in GROWING:
                 self._rich.update(task.id, total=(task.total or 0) + num_more)
-            self._rich.advance(task.id, num_done)
+            if num_done:  # the first that is done is where the clock starts, not when it was planned
+                self._rich.advance(task.id, num_done)
 
     @property
     def percentage(self) -> float | None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 LINE_EVERY_S = 10.0
-GROWING = {"encode"}  # documents are cut while others are encoded, so there is more to come
+GROWING = {"encode"}  # documents are cut while others are encoded: nobody knows how much there is to come
 UNITS = {
     "compare": "files",
     "tokenize": "rows",
@@ -57,7 +57,7 @@ class ProgressBars:
         if stage not in self._tasks:
             unit = UNITS.get(stage)
             self._tasks[stage] = self._progress.add_task(f"{stage} ({unit})" if unit else stage, total=None)
-        if num_more:
+        if num_more and stage not in GROWING:
             self._totals[stage] = self._totals.get(stage, 0) + num_more
             self._progress.update(self._tasks[stage], total=self._totals[stage])
         self._progress.advance(self._tasks[stage], num_done)
@@ -66,5 +66,5 @@ class ProgressBars:
             self._next_line = time.monotonic() + LINE_EVERY_S
             words = [f"{stage}: {self._done[stage]:,}", UNITS.get(stage, "")]
             if stage in self._totals:
-                words += [f"of {self._totals[stage]:,}", "so far" if stage in GROWING else ""]
+                words.append(f"of {self._totals[stage]:,}")
             self._console.print(" ".join(word for word in words if word))

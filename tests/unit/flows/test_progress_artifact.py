@@ -34,18 +34,23 @@ def test_a_run_tells_how_much_how_fast_and_until_when():
 
     assert pace.percentage == 22.0
     assert pace.words(NOON) == (
-        "score: 1,100 of 5,000 documents; 55.0 documents per second; 33,000 tokens per second; "
-        "about 0:01:11 left, until 2026-03-31 12:01 UTC (as of 12:00:00 UTC)"
+        "score: 1,100 of 5,000 documents; 50.0 documents per second; 30,000 tokens per second; "
+        "about 0:01:18 left, until 2026-03-31 12:01 UTC (as of 12:00:00 UTC)"
     )
 
 
-def test_what_an_earlier_attempt_did_counts_as_done():
+def test_what_an_earlier_attempt_did_is_neither_done_nor_to_do():
     clock = Clock()
     pace = Pace(clock)
-    pace.advance("score", 0, 10)
-    pace.advance("score", 10, None)
+    pace.advance("score", 0, 30)
+    for _ in range(2):  # shards that are there
+        pace.advance("score", 0, -10)
+    for _ in range(6):
+        clock.seconds += 1.0
+        pace.advance("score", 1, None)
 
-    assert (pace.percentage, pace.words(NOON)) == (100.0, "score: 10 of 10 documents (as of 12:00:00 UTC)")
+    assert pace.percentage == 60.0
+    assert pace.words(NOON).startswith("score: 6 of 10 documents; 1.0 documents per second; about 0:00:04 left")
 
 
 def test_a_run_with_nothing_to_do_tells_nothing():
