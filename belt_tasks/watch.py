@@ -1,6 +1,6 @@
 """Watching a corpus: whether its files are those of the last look, without reading them.
 
-SEEN_URI/CORPUS_VERSION.json    this version has been told of
+SEEN_URI/CORPUS/CORPUS_VERSION.json    this version has been told of, or was the first
 """
 
 import json
@@ -16,6 +16,8 @@ class CorpusVersion(Spec):
     data_version: str
     """16 hex digits: the same files in the same versions have the same."""
     num_files: int
+    is_first: bool
+    """Whether no version of the corpus was seen before it: there is nothing that it could differ from."""
     is_new: bool
     """Whether nobody was told of it yet."""
     seen_uri: str
@@ -36,11 +38,13 @@ def look_at(corpus_uri: str, seen_uri: str, corpus: CorpusSpec) -> CorpusVersion
     files = storage.list_files(corpus_uri, suffix=".parquet")
     keys = sorted(inventory.key_of(file, corpus) for file in files)
     data_version = publishing.digest_of(corpus_uri=corpus_uri, keys=keys)
-    marker_uri = storage.join(seen_uri, f"{data_version}.json")
+    folder_uri = storage.join(seen_uri, publishing.digest_of(corpus_uri=corpus_uri))
+    marker_uri = storage.join(folder_uri, f"{data_version}.json")
     return CorpusVersion(
         corpus_uri=corpus_uri,
         data_version=data_version,
         num_files=len(files),
+        is_first=not storage.is_directory(folder_uri),
         is_new=not storage.exists(marker_uri),
         seen_uri=marker_uri,
     )

@@ -16,9 +16,10 @@ def watch(
     storage_block: str | None = None,
     time_limit_s: Seconds | None = None,
 ) -> CorpusVersion:
-    """Emit the event `belt.labels` for each version of a corpus, the first included; the files are listed, not read.
+    """Emit the event `belt.labels` for each new version of a corpus; the files are listed, not read.
 
-    It is emitted at least once: a version counts as seen after its event was sent.
+    The first version that is seen is none that changed: it is noted, and nobody is told. For each other the event is
+    emitted at least once: a version counts as seen after its event was sent.
 
     Args:
         corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
@@ -30,6 +31,7 @@ def watch(
     with attempt(storage_block, time_limit_s):
         version = tasks.look_at(corpus_uri, seen_uri, corpus)
         if version.is_new:
-            events.announce_labels(version)
+            if not version.is_first:
+                events.announce_labels(version)
             tasks.remember(version)
         return version

@@ -11,19 +11,26 @@ def told_of(client, corpus: str, *, at_least: int) -> list:
     return events_of(client, events.LABELS, events.corpus_resource_id(corpus), at_least=at_least)
 
 
-def test_each_version_of_a_corpus_is_told_of_once(write_corpus, tmp_path, client):
-    corpus, seen = write_corpus(labelled_rows(4)), str(tmp_path / "seen")
-    first, again = watch(corpus, seen), watch(corpus, seen)
-    write_corpus(labelled_rows(4, seed=1))
-    second = watch(corpus, seen)
+def test_each_version_of_a_corpus_but_the_first_is_told_of_once(write_corpus, tmp_path, client):
+    seen = str(tmp_path / "seen")
+    other = write_corpus(labelled_rows(2), name="other")
+    corpus = write_corpus(labelled_rows(4))
+    versions = [watch(other, seen), watch(corpus, seen), watch(corpus, seen)]
+    for seed in (1, 2):
+        write_corpus(labelled_rows(4, seed=seed))
+        versions += [watch(corpus, seen), watch(corpus, seen)]
 
-    assert [version.is_new for version in (first, again, second)] == [True, False, True]
+    assert [version.is_first for version in versions] == [True, True, False, False, False, False, False]
+    assert [version.is_new for version in versions] == [True, True, False, True, False, True, False]
     told = [event.payload["data_version"] for event in told_of(client, corpus, at_least=2)]
-    assert sorted(told) == sorted([first.data_version, second.data_version])
+    assert sorted(told) == sorted([versions[3].data_version, versions[5].data_version])
+    assert told_of(client, other, at_least=0) == []
 
 
 def test_whoever_was_cut_off_before_it_was_noted_tells_again(write_corpus, tmp_path, client, monkeypatch):
     corpus, seen = write_corpus(labelled_rows(4)), str(tmp_path / "seen")
+    watch(corpus, seen)
+    write_corpus(labelled_rows(4, seed=1))
 
     def cut_off(_version: object) -> None:
         raise RuntimeError("cut off")

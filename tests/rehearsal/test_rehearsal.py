@@ -168,7 +168,10 @@ def kinds(runs: list[FlowRun]) -> Counter[str]:
 
 
 def test_new_labels_start_a_retraining_once_and_its_model_is_promoted(rehearsal, stores):  # noqa: ARG001
-    """Two fine-tunings were completed, one by hand and one for the labels: each is followed by a comparison."""
+    """Two fine-tunings are completed, one by hand and one for the labels: each is followed by a comparison."""
+    more = labelled_rows(40, seed=3, most_words=60).with_columns(doc_id="more-" + pl.col("doc_id")).drop("split")
+    storage.write_parquet("s3://belt/labelled/part-1.parquet", more.to_arrow())
+    rehearsal.wait(rehearsal.trigger("watch/watch-labels"), "Completed")
     found: list[FlowRun] = []
 
     def all_ended() -> bool:
