@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import ParamSpec
 
-from belt_tasks import logs, telemetry
+from belt_tasks import logs, progress, telemetry
 from belt_tasks.receipts import Counts, ShardReceipt
 from belt_tasks.specs import Spec
 
@@ -109,6 +109,7 @@ def of_shard(stage: str) -> Callable[[Callable[P, ShardReceipt]], Callable[P, Sh
             given = signature.bind(*args, **kwargs).arguments
             shard, run = given["shard"], given["run"]
             with logs.about(run_id=run.run_id, shard=shard.key):
+                progress.check(stage)  # whoever was stopped begins nothing
                 log.info("shard %s started", shard.key, extra={"stage": stage, "source_uri": shard.uri})
                 start = time.perf_counter()
                 try:
@@ -155,5 +156,8 @@ def _finished(stage: str, receipt: ShardReceipt, seconds: float) -> None:
 def _failed(stage: str, shard_key: str, error: BaseException) -> None:
     """The error itself goes on to whoever runs the stage, who tells it in full."""
     extra = {"stage": stage, "outcome": "failed", "error": type(error).__name__}
-    log.warning("shard %s failed: %s", shard_key, type(error).__name__, extra=extra)
+    if isinstance(error, progress.StoppedError):
+        log.info("shard %s was stopped; the next attempt does it", shard_key, extra=extra)
+    else:
+        log.warning("shard %s failed: %s", shard_key, type(error).__name__, extra=extra)
     telemetry.shard_ended(stage, "failed")

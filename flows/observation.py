@@ -8,9 +8,12 @@ import logging
 import os
 
 from belt_tasks import logs, milestones, telemetry
+from belt_tasks.errors import BeltError
+from belt_tasks.progress import StoppedError
 
 EXTRA_LOGGERS = "PREFECT_LOGGING_EXTRA_LOGGERS"
 LOG_FORMAT = "BELT_LOG_FORMAT"
+OF_RUNS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 
 
 def observe(log_format: str | None = None) -> None:
@@ -22,11 +25,20 @@ def observe(log_format: str | None = None) -> None:
     Raises:
         ConfigError: there is no such format, or a variable of metrics is wrong.
     """
+    for name in OF_RUNS:
+        logging.getLogger(name).addFilter(_without_traceback)
     if logs.checked_format(log_format or os.environ.get(LOG_FORMAT) or "text") == "json":
         logs.write_json()
     if goes_to_prefect():  # which copies handlers to the loggers, but no level
         logging.getLogger("belt_tasks").setLevel(logging.INFO)
     telemetry.start()
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What belt says of a mistake is the whole story: where in the code it says so helps nobody to mend it."""
+    if record.exc_info and isinstance(record.exc_info[1], (BeltError, StoppedError)):
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def observe_command(log_format: str | None, *, verbose: bool) -> None:

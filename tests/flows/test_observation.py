@@ -55,6 +55,20 @@ def test_prefect_shows_the_log_with_the_flow_run(client, labelled_corpus, tiny_c
     assert {record.task_run_id for record in in_threads} == {record.task_run_id for record in finished}
 
 
+def test_a_mistake_is_a_sentence_in_the_log_of_its_run(client, tiny_checkpoint, tmp_path):
+    where = str(tmp_path / "nowhere")
+    done = run(sys.executable, "-c", FLOW, where, tiny_checkpoint, str(tmp_path / "out"), **TO_PREFECT)
+    assert done.returncode == 0, done.stderr
+    flow_run_id = UUID(done.stdout.strip())
+
+    found = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id])), limit=200)
+
+    of_mistake = [record.message for record in found if where in record.message]
+    assert any("Encountered exception during execution: ConfigError(" in message for message in of_mistake)
+    assert not [record.message for record in found if "Traceback" in record.message]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("how", ["option", "environment"])
 def test_a_command_writes_json_lines_alone(arguments, how):
     given = ["--log-format", "json"] if how == "option" else []
