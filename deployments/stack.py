@@ -112,6 +112,7 @@ def env(folder: Folder = HOME) -> None:
         "AWS_ACCESS_KEY_ID": options["key"],
         "AWS_SECRET_ACCESS_KEY": options["secret"],
         "AWS_REGION": options["region_name"],
+        "AWS_ALLOW_HTTP": "true",  # Delta Lake's readers ask for it
     }
     for name, value in (stack.environment | keys).items():
         typer.echo(f"export {name}={shlex.quote(value)}")
