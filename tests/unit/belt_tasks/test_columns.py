@@ -322,12 +322,27 @@ GOOD_SCHEMA = pa.schema([("doc_id", pa.string()), ("text", pa.string()), ("label
 @pytest.mark.parametrize(
     ("column", "kind", "label_role", "message"),
     [
-        ("doc_id", pa.float64(), "none", r"'doc_id' must hold strings or integers, got double \(--id-column\)"),
+        (
+            "doc_id",
+            pa.float64(),
+            "none",
+            r"'doc_id' must hold strings or integers, got double \(--id-column",
+        ),
         ("doc_id", pa.bool_(), "none", r"'doc_id' must hold strings or integers, got bool"),
-        ("text", pa.int64(), "none", r"'text' must hold strings, or binary holding UTF-8, got int64 \(--text-column\)"),
+        (
+            "text",
+            pa.int64(),
+            "none",
+            r"'text' must hold strings, or binary holding UTF-8, got int64 \(--text-column",
+        ),
         ("text", pa.list_(pa.string()), "none", r"'text' must hold strings, .* got list<.*string>"),
         ("text", pa.null(), "none", r"'text' must hold strings, .* got null"),
-        ("label", pa.float64(), "label", r"'label' must hold class names .* got double \(--label-column\)"),
+        (
+            "label",
+            pa.float64(),
+            "label",
+            r"'label' must hold class names .* got double \(--label-column",
+        ),
         ("label", pa.string(), "labels", r"'label' must hold lists of class names, got string"),
         ("label", pa.string(), "target", r"'label' must hold numbers, got string"),
         ("label", pa.list_(pa.float64()), "labels", r"'label' must hold lists of class names, got list"),
@@ -355,10 +370,10 @@ def test_all_problems_of_a_file_are_told_at_once():
 
     has = "it has 'doc_id', 'body', 'label', 'label'"
     assert str(caught.value).split("\n") == [
-        "/c/a.parquet: column 'doc_id' must hold strings or integers, got double (--id-column)",
-        f"/c/a.parquet: no column 'text'; {has} (choose with --text-column)",
-        f"/c/a.parquet: 2 columns named 'label'; {has} (choose with --label-column)",
-        f"/c/a.parquet: no column 'part'; {has} (choose with --split-column)",
+        "/c/a.parquet: column 'doc_id' must hold strings or integers, got double (--id-column, or id_column of corpus)",
+        f"/c/a.parquet: no column 'text'; {has} (choose with --text-column, or text_column of corpus)",
+        f"/c/a.parquet: 2 columns named 'label'; {has} (choose with --label-column, or label_column of corpus)",
+        f"/c/a.parquet: no column 'part'; {has} (choose with --split-column, or split_column of corpus)",
     ]
 
 

@@ -317,7 +317,8 @@ def test_the_problems_of_all_files_are_told_at_once(tmp_path):
         corpus.plan_shards(str(tmp_path), CorpusSpec())
 
     lines = str(caught.value).split("\n")
-    assert lines[0] == f"{tmp_path}/a.parquet: no column 'text'; it has 'doc_id', 'body' (choose with --text-column)"
+    has = "it has 'doc_id', 'body' (choose with --text-column, or text_column of corpus)"
+    assert lines[0] == f"{tmp_path}/a.parquet: no column 'text'; {has}"
     assert "c.parquet: column 'doc_id' must hold strings or integers, got double" in lines[1]
     assert "c.parquet: column 'text' must hold strings, or binary holding UTF-8, got int64" in lines[2]
     assert "d.parquet: not a Parquet file" in lines[3]
@@ -352,7 +353,7 @@ def test_a_file_without_rows_beside_others_is_none_the_worse(tmp_path):
 def test_a_split_without_rows_is_refused(tmp_path):
     uri = put(tmp_path, "a.parquet", rows("a", part=["train"]))
 
-    with pytest.raises(ConfigError, match=r"no row has 'trian' in column 'part' \(choose with --split\)"):
+    with pytest.raises(ConfigError, match=r"no row has 'trian' in column 'part' \(choose with --split, or"):
         corpus.plan_shards(uri, CorpusSpec(split_column="part", split="trian"))
 
 
@@ -365,7 +366,7 @@ def test_label_column_type_is_that_of_the_first_file(tmp_path):
     put(tmp_path, "a.parquet", rows("a", label=[1.5]))
 
     assert corpus.label_column_type(str(tmp_path), CorpusSpec()) == pa.float64()
-    with pytest.raises(ConfigError, match=r"no column 'klass'; it has .* \(choose with --label-column\)"):
+    with pytest.raises(ConfigError, match=r"no column 'klass'; it has .* \(choose with --label-column, or"):
         corpus.label_column_type(str(tmp_path), CorpusSpec(label_column="klass"))
 
 
