@@ -20,6 +20,7 @@ import tempfile
 import xmlrpc.client
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,8 @@ def up(
     asked = {"server_port": server_port, "s3_port": s3_port, "postgres_port": postgres_port}
     asked["late_after_s"] = late_after_s
     stack = Stack.make(folder.resolve(), **{name: value for name, value in asked.items() if value is not None})
-    if not _runs(stack):
+    started_at = None if _runs(stack) else datetime.now(UTC)
+    if started_at is not None:
         _start_supervisor(stack)
     for name in SERVICES:
         typer.echo(f"{name} ...", nl=False)
@@ -65,6 +67,8 @@ def up(
         typer.echo(" runs")
     make_bucket(BUCKET, endpoint=stack.s3_url, key=stack.s3_key, secret=stack.s3_secret)
     _deploy(stack)
+    if started_at is not None:
+        _take_up(stack, before=started_at)
     typer.echo(
         f"\nPrefect: http://{HOST}:{stack.server_port}\n"
         f"S3:      {stack.s3_url}, bucket s3://{BUCKET}/\n"
@@ -207,6 +211,17 @@ def _deploy(stack: Stack) -> None:
     if done.returncode:
         raise BeltError(done.stderr.strip().removeprefix("Error: "))
     typer.echo(done.stdout.strip())
+
+
+def _take_up(stack: Stack, *, before: datetime) -> None:
+    """Let runs go on that were under way when the stack stopped: all that worked on them ended with it."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: PLC0415 - services do without
+
+    from flows.deploy import take_up  # noqa: PLC0415 - as above
+
+    with temporary_settings({PREFECT_API_URL: stack.api_url}):
+        for name in take_up(before):
+            typer.echo(f"{name} goes on.")
 
 
 def _required() -> set[str]:

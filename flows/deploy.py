@@ -7,6 +7,7 @@ import os
 import string
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ from prefect.automations import Automation
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -135,6 +144,28 @@ def automations(alert_block_id: str | None, folder: Path = FOLDER) -> list[Autom
         for each in described
         if alert_block_id is not None or all(action["type"] != "send-notification" for action in each["actions"])
     ]
+
+
+def take_up(before: datetime) -> list[str]:
+    """Schedule again the runs of belt's that were under way, where everything that works was started anew at a time.
+
+    Args:
+        before: when that was, with its time zone; runs whose state is younger are left alone.
+
+    Returns:
+        Their names.
+    """
+    kinds = [StateType.RUNNING, StateType.PENDING, StateType.CRASHED]  # one that crashed waited for the server
+    under_way = FlowRunFilterState(type=FlowRunFilterStateType(any_=kinds))
+    wanted = FlowRunFilter(state=under_way, tags=FlowRunFilterTags(all_=["belt"]))
+    message = "Its worker was stopped with everything else; it goes on from its finished shards."
+    taken = []
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=wanted):
+            if run.state is not None and run.state.timestamp < before:
+                client.set_flow_run_state(run.id, AwaitingRetry(message=message))
+                taken.append(run.name)
+    return taken
 
 
 def _put_automation(wanted: Automation) -> None:

@@ -3,17 +3,20 @@
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelling, Completed, Pending, Running
 
 from belt_tasks.errors import ConfigError
-from flows.deploy import DeploySettings, automations, deploy, is_same
+from flows.deploy import DeploySettings, automations, deploy, is_same, take_up
 
 BIN = Path(sys.executable).parent
 DEPLOYMENTS = {
@@ -115,6 +118,31 @@ def test_an_automation_that_stays_as_it_is_is_not_written_anew(deployed, client)
 
     assert before.keys() == OURS
     assert written_at() == before
+
+
+def test_what_was_under_way_when_everything_stopped_goes_on_and_nothing_else_does(deployed, client):  # noqa: ARG001
+    deployment = client.read_deployment_by_name("preview/preview")
+
+    def run(*states: State) -> UUID:
+        made = client.create_flow_run_from_deployment(deployment.id)
+        for state in states:
+            client.set_flow_run_state(made.id, state)
+        return made.id
+
+    pending, running = run(Pending()), run(Pending(), Running())
+    others = [run(), run(Pending(), Running(), Completed()), run(Pending(), Running(), Cancelling())]
+    stopped_at = datetime.now(UTC)
+    others.append(run(Pending(), Running()))
+    before = {each: client.read_flow_run(each).state.id for each in others}
+    names = {client.read_flow_run(each).name for each in (pending, running)}
+
+    assert set(take_up(stopped_at)) == names
+    assert take_up(stopped_at) == []
+
+    assert [client.read_flow_run(each).state.name for each in (pending, running)] == ["AwaitingRetry"] * 2
+    assert {each: client.read_flow_run(each).state.id for each in others} == before
+    for each in (pending, running, *others):
+        client.delete_flow_run(each)
 
 
 def test_wrong_parameters_are_refused_before_anything_runs(deployed, client):  # noqa: ARG001 - deployed
