@@ -14,9 +14,6 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# in the order in which they are collected: the longest of all comes first
-TWO_FILES_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
-
 .PHONY: help demo test contracts release-contracts bench s3 up down stack-status stack-env check format clean
 
 help:  ## list the commands
@@ -28,10 +25,10 @@ demo: .venv/demo  ## install, then run the whole pipeline on real text and say w
 test: .venv/test check  ## install, then run the linters, the type checker and all tests that need no GPU
 	mkdir -p $(PREFECT_HOME)
 	@if { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
-		$(BIN)/python -m pytest $(TWO_FILES_AT_ONCE) -m "not gpu"; \
+		$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"; \
 	else \
 		echo "No Chromium on this machine: the tests that look at reports in a browser (marker browser) are left out."; \
-		$(BIN)/python -m pytest $(TWO_FILES_AT_ONCE) -m "not gpu and not browser"; \
+		$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not browser"; \
 	fi
 
 contracts: .venv/test .venv-contracts/installed  ## install datacontract-cli apart, then test contracts and published tables with it

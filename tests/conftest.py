@@ -57,11 +57,6 @@ SENTENCES = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The rehearsal first: it is as long as the rest on one core, and waits more than it works."""
-    items.sort(key=lambda item: "rehearsal" not in item.path.parts)
-
-
 def words(num_words: int, seed: int = 0) -> str:
     """A text of random words from SENTENCES."""
     pool = " ".join(SENTENCES).split()

@@ -155,7 +155,10 @@ def test_a_finished_hugging_face_classifier(labelled_corpus, tiny_encoder, tmp_p
     [
         ({"corpus": "{tmp}/none"}, "{tmp}/none: no such file, directory or glob"),
         ({"corpus": "{tmp}/*.parquet"}, r".*\*\.parquet.*"),
-        ({"--text-column": "txt"}, r"(.*part-\d.parquet: no column 'txt'; it has 'doc_id', .*--text-column\)\n?){{3}}"),
+        (
+            {"--text-column": "txt"},
+            r"(.*part-\d.parquet: no column 'txt'; it has 'doc_id', .*--text-column, .*\)\n?){{3}}",
+        ),
         ({"--checkpoint": "{encoder}"}, ".*: an encoder without a head .*fine-tune it first"),
         ({"--output": "{tmp}/file/out"}, r"{tmp}/file/out: cannot be written to \(.*\)"),
         ({"--chunk-size": "63"}, r"chunk_size must be at most 62 for .*\(it reads 64 tokens, 2 .*special\), got 63"),

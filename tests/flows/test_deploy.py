@@ -64,7 +64,8 @@ def deployed(site, prefect_server) -> dict[str, str]:
 
 
 def test_deployed_twice_everything_is_there_once(deployed, client):
-    found = {f"{client.read_flow(each.flow_id).name}/{each.name}": each for each in client.read_deployments()}
+    tagged = [each for each in client.read_deployments() if "belt" in each.tags]  # other tests have theirs
+    found = {f"{client.read_flow(each.flow_id).name}/{each.name}": each for each in tagged}
     assert found.keys() == DEPLOYMENTS
     nightly = found["score/score-nightly"]
     assert nightly.parameters == {
