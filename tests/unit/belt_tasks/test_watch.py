@@ -15,8 +15,9 @@ def test_a_version_is_new_until_it_is_remembered(write_corpus, output):
     watch.remember(first)
 
     assert first == again
-    assert (first.is_new, first.num_files) == (True, 2)
-    assert watch.look_at(corpus, output, CorpusSpec()) == first.model_copy(update={"is_new": False})
+    assert (first.is_first, first.is_new, first.num_files) == (True, True, 2)
+    known = first.model_copy(update={"is_first": False, "is_new": False})
+    assert watch.look_at(corpus, output, CorpusSpec()) == known
 
 
 def test_other_labels_another_file_or_another_split_are_another_version(write_corpus, tmp_path):
