@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from belt_tasks import demo, fine_tuning, planning, training_set
+from belt_tasks import demo
 from belt_tasks.demo_corpus import DemoCorpusSpec
-from belt_tasks.specs import ChunkSpec, CorpusSpec, TrainSpec
+from belt_tasks.fine_tuning import FineTuningReceipt
+from belt_tasks.specs import ChunkSpec, TrainSpec
+from tests.fine_tuned import fine_tuned
 
-CORPUS = CorpusSpec()
 SPEC = TrainSpec(
     chunks=ChunkSpec(chunk_size=254, stride=254, maximal_text_length=508),
     device="cpu",
@@ -37,10 +38,11 @@ def main() -> None:
         corpus = f"{folder}/corpus"
         libraries = DemoCorpusSpec(libraries=("numpy", "polars"), documents_per_library=options.documents, num_long=0)
         demo.write_demo_corpus(corpus, libraries)
-        runs: dict[int, list[fine_tuning.FineTuningReceipt]] = {1: [], 2: []}
+        runs: dict[int, list[FineTuningReceipt]] = {1: [], 2: []}
         for number in range(options.rounds):
             for num_devices, its in runs.items():
-                its.append(fine_tuned(corpus, Path(folder) / f"{number}-{num_devices}", num_devices))
+                spec = SPEC.model_copy(update={"num_devices": num_devices})
+                its.append(fine_tuned(corpus, demo.demo_encoder(), Path(folder) / f"{number}-{num_devices}", spec))
     seconds = {num_devices: [each.training_s for each in its] for num_devices, its in runs.items()}
     print("| processes of one core | seconds (median) | tokens/s | training loss |\n| ---: | ---: | ---: | ---: |")
     for num_devices, its in runs.items():
@@ -51,24 +53,6 @@ def main() -> None:
     each = ", ".join(f"{value:.0%}" for value in efficiency)
     print(f"\nefficiency, t1 / (2 * t2): {statistics.median(efficiency):.0%} (rounds: {each})")
     print(f"load average at the end, of {os.cpu_count()} cores: {os.getloadavg()[0]:.1f}")
-
-
-def fine_tuned(corpus: str, output: Path, num_devices: int) -> fine_tuning.FineTuningReceipt:
-    """One fine-tuning; its seconds are those of training, without the start of a second process."""
-    spec = SPEC.model_copy(update={"num_devices": num_devices})
-    plan = planning.plan_fine_tuning(corpus, str(demo.demo_encoder()), str(output), CORPUS, spec)
-    receipts = [
-        training_set.prepare_shard(
-            shard,
-            CORPUS,
-            run=plan.run,
-            encoder=plan.encoder,
-            label_role=plan.label_role,
-            duplicates_uri=plan.duplicates_uri,
-        )
-        for shard in plan.shards
-    ]
-    return fine_tuning.fine_tune_prepared(plan, receipts, CORPUS, spec)
 
 
 if __name__ == "__main__":

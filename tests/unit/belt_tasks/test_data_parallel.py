@@ -16,14 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import data_parallel, fine_tuning, planning, progress, training_set
+from belt_tasks import data_parallel, fine_tuning, progress
 from belt_tasks.data_parallel import Ranks
 from belt_tasks.errors import ConfigError, TransientError
-from belt_tasks.planning import TrainPlan
-from belt_tasks.receipts import ShardReceipt
 from belt_tasks.scoring import score_texts
-from belt_tasks.specs import BatchSpec, ChunkSpec, CorpusSpec, PoolingSpec, ScoreSpec, TrainSpec
+from belt_tasks.specs import BatchSpec, ChunkSpec, PoolingSpec, ScoreSpec, TrainSpec
 from tests.conftest import labelled_rows
+from tests.fine_tuned import CORPUS, fine_tuned, prepared
 
 SPEC = TrainSpec(
     chunks=ChunkSpec(chunk_size=24, stride=18),
@@ -35,32 +34,11 @@ SPEC = TrainSpec(
     dropout=0.0,
     validation_fraction=0.2,
 )
-CORPUS = CorpusSpec()
 
 
 @pytest.fixture
 def labelled_corpus(write_corpus) -> str:
     return write_corpus(labelled_rows(36, most_words=60), num_files=3, name="labelled")
-
-
-def prepared(corpus: str, encoder: Path, output: Path, spec: TrainSpec) -> tuple[TrainPlan, list[ShardReceipt]]:
-    plan = planning.plan_fine_tuning(corpus, str(encoder), str(output), CORPUS, spec)
-    receipts = [
-        training_set.prepare_shard(
-            shard,
-            CORPUS,
-            run=plan.run,
-            encoder=plan.encoder,
-            label_role=plan.label_role,
-            duplicates_uri=plan.duplicates_uri,
-        )
-        for shard in plan.shards
-    ]
-    return plan, receipts
-
-
-def fine_tuned(corpus: str, encoder: Path, output: Path, spec: TrainSpec) -> fine_tuning.FineTuningReceipt:
-    return fine_tuning.fine_tune_prepared(*prepared(corpus, encoder, output, spec), CORPUS, spec)
 
 
 def others() -> list[psutil.Process]:
