@@ -32,6 +32,16 @@ class ContractError(ShardError):
 class RejectedError(BeltError):
     """More rows of the corpus were put aside than the run allows; nothing was published."""
 
+    def __init__(self, message: str, quality_uri: str = "") -> None:
+        """Say so.
+
+        Args:
+            message: how many, why, and what to do.
+            quality_uri: the page that shows them.
+        """
+        super().__init__(message)
+        self.quality_uri = quality_uri
+
 
 class ConflictError(BeltError):
     """Another run changed what this one was planned on; nothing of this one was published."""

@@ -1,5 +1,6 @@
 """Examples: a few rows of a run that people should look at, found without holding its tables in memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -8,6 +9,7 @@ import polars as pl
 import data_contracts
 from belt_tasks import delta_tables, score_tables, storage
 from belt_tasks.publishing import Manifest, RunRef
+from belt_tasks.receipts import FileReceipt
 from belt_tasks.threads import Threads
 
 NUM_LABELS = 8  # that evidence is shown of
@@ -83,13 +85,18 @@ def top_evidence(run: RunRef, manifest: Manifest, labels: tuple[str, ...]) -> li
     return sorted(rows, key=lambda row: labels.index(str(row["label"])))
 
 
-def rejected_rows(run: RunRef, manifest: Manifest) -> RejectedRows:
-    """Count and choose rows that a run put aside, when it was planned or later."""
+def rejected_rows(output_uri: str, files: Sequence[FileReceipt]) -> RejectedRows:
+    """Count and choose rows that a run put aside, when it was planned or later.
+
+    Args:
+        output_uri: of the run.
+        files: what it wrote; other tables than `rejected` are passed over.
+    """
     counts = pl.DataFrame(schema={"source_uri": pl.String, "reason": pl.String, "len": pl.UInt32})
     chosen = [pl.DataFrame(schema=dict.fromkeys(REJECTED, pl.String) | {"row_index": pl.Int64})]
     num_chosen: dict[str, int] = {}
-    files = [file for file in manifest.files if file.table == "rejected" and file.num_rows]
-    for uri in (storage.join(run.output_uri, file.path) for file in files):
+    with_rows = [file for file in files if file.table == "rejected" and file.num_rows]
+    for uri in (storage.join(output_uri, file.path) for file in with_rows):
         with storage.open_parquet(uri) as file, storage.errors_of(f"read {uri}"):
             for batch in file.iter_batches(BATCH_ROWS, columns=REJECTED):
                 rows = pl.DataFrame(batch)

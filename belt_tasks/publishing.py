@@ -27,7 +27,7 @@ import data_contracts
 from belt_tasks import milestones, sorted_files, storage
 from belt_tasks.corpus import ShardRef
 from belt_tasks.cost import peak_flops
-from belt_tasks.errors import ConfigError, ContractError, RejectedError
+from belt_tasks.errors import ConfigError, ContractError
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
 from belt_tasks.specs import Spec
 
@@ -66,6 +66,16 @@ class RunRef(Spec):
     def plan_uri(self) -> str:
         """What a scoring run has to do; written after all that it refers to."""
         return storage.join(self.uri, "plan.json")
+
+    @property
+    def report_uri(self) -> str:
+        """The page on what a scoring run read, said and cost."""
+        return storage.join(self.uri, "report", "index.html")
+
+    @property
+    def quality_uri(self) -> str:
+        """The page of the rows that a scoring run put aside, also of one that was refused for them."""
+        return storage.join(self.uri, "report", "rejected.html")
 
     def rows_uri(self, shard_key: str) -> str:
         """Which rows of a shard a scoring run scores."""
@@ -330,27 +340,6 @@ def read_table(output_uri: str, table: str, *, columns: list[str] | None = None)
         raise ConfigError(f"{output_uri}: table must be one of {', '.join(names)}, got {table!r}")
     tables = [storage.read_parquet(uri, columns=columns) for uri in uris]
     return pl.DataFrame(pa.concat_tables(tables))
-
-
-def check_rejected_share(run: RunRef, counts: Counts, *, num_rows: int, limit: float) -> None:
-    """Refuse a run whose input is mostly broken.
-
-    Args:
-        run: where the rejected rows are.
-        counts: of the run so far.
-        num_rows: good and bad rows of the files that it read.
-        limit: share of rejected rows above which it ends.
-
-    Raises:
-        RejectedError: there are more.
-    """
-    if counts.num_rejected > limit * num_rows:
-        reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.rejected_by_reason.items()))
-        raise RejectedError(
-            f"{counts.num_rejected:,} of {num_rows:,} rows ({counts.num_rejected / num_rows:.1%}) were rejected, more "
-            f"than max_rejected_share allows ({limit:.1%}): {reasons}; nothing was published. They are in "
-            f"{storage.join(run.uri, 'rejected')}; mend the corpus, or allow more and run again; nothing is done twice"
-        )
 
 
 def _run_row(run: RunRef, receipts: list[ShardReceipt], row: dict[str, Any], started_at: datetime) -> dict[str, Any]:

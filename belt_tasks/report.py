@@ -119,7 +119,7 @@ def report_again(output_uri: str, run_id: str | None = None) -> ScoreReport:
 
 def read_report(run: RunRef) -> ScoreReport | None:
     """The receipt of a run's report; None where there is none."""
-    uri = _uri(run, "report.json")
+    uri = _receipt_uri(run)
     return ScoreReport.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
@@ -149,7 +149,7 @@ def _report(
         announce(done)
         done = done.model_copy(update={"is_announced": True})
     if done != earlier:
-        storage.write_bytes(_uri(run, "report.json"), (done.model_dump_json(indent=1) + "\n").encode())
+        storage.write_bytes(_receipt_uri(run), (done.model_dump_json(indent=1) + "\n").encode())
     return done
 
 
@@ -163,8 +163,8 @@ def _write(run: RunRef, manifest: Manifest, spec: DriftSpec) -> ScoreReport | No
     found = None if compared is None or is_reference else drift.drift_of(counted, compared, spec)
     done = ScoreReport(
         run=run,
-        report_uri=_uri(run, "index.html"),
-        quality_uri=_uri(run, "rejected.html"),
+        report_uri=run.report_uri,
+        quality_uri=run.quality_uri,
         statistics_uri=statistics.uri_of(run),
         checkpoint_digest=manifest.run["checkpoint_digest"],
         scoring_fingerprint=counted.scoring_fingerprint,
@@ -173,7 +173,7 @@ def _write(run: RunRef, manifest: Manifest, spec: DriftSpec) -> ScoreReport | No
         drift=found,
         spec=spec,
     )
-    contents = report_contents.of_quality(manifest, examples.rejected_rows(run, manifest))
+    contents = report_contents.of_quality(manifest.run, examples.rejected_rows(run.output_uri, manifest.files))
     storage.write_bytes(done.quality_uri, pages.render("rejected.html.j2", contents))
     storage.write_bytes(done.report_uri, _page(run, manifest, counted, compared, found))
     return done
@@ -204,5 +204,5 @@ def _data_version(run: RunRef) -> str:
     return publishing.digest_of(keys=sorted(keys))
 
 
-def _uri(run: RunRef, name: str) -> str:
-    return storage.join(run.uri, "report", name)
+def _receipt_uri(run: RunRef) -> str:
+    return storage.join(run.uri, "report", "report.json")

@@ -75,12 +75,19 @@ def of_report(
     }
 
 
-def of_quality(manifest: Manifest, rejected: RejectedRows) -> dict[str, Any]:
-    """What the page of rejected rows shows."""
+def of_quality(run: dict[str, Any], rejected: RejectedRows, refusal: str | None = None) -> dict[str, Any]:
+    """What the page of rejected rows shows.
+
+    Args:
+        run: run_id, belt_version and finished_at at least.
+        rejected: of `examples.rejected_rows`.
+        refusal: why the run published nothing; None where it did.
+    """
     (column,) = (column for column in loader.columns("rejected") if column.name == "reason")
     meanings = {str(choice.value): choice.description for choice in column.enum or []}
     return {
-        "run": manifest.run,
+        "run": run,
+        "refusal": refusal,
         "rejected": rejected,
         "reasons": [row | {"meaning": meanings[row["reason"]]} for row in rejected.by_reason.to_dicts()],
         "sources": rejected.by_source.head(MOST_SOURCES).to_dicts(),

@@ -4,10 +4,8 @@ from datetime import datetime
 from typing import Literal
 
 from belt_tasks import delta_tables, export, publishing, score_planning, storage
-from belt_tasks.errors import ConfigError, RejectedError
+from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest, RunRef
-from belt_tasks.receipts import Counts
-from belt_tasks.score_planning import ScorePlan
 from belt_tasks.score_tables import table_at
 from belt_tasks.specs import Spec
 
@@ -141,7 +139,7 @@ def _unfinished(run: RunRef, num_shards: int) -> RunSummary:
     plan = score_planning.read_plan(run)
     if plan is None:
         return RunSummary(run_id=run.run_id, state="unfinished", num_shards=num_shards)
-    reason = None if num_shards else _refusal(plan)
+    reason = None if num_shards else plan.refusal
     return RunSummary(
         run_id=run.run_id,
         state="unfinished" if reason is None else "refused",
@@ -152,14 +150,6 @@ def _unfinished(run: RunRef, num_shards: int) -> RunSummary:
         flow="score",
         num_rejected=None if plan.receipt is None else plan.receipt.counts.num_rejected,
     )
-
-
-def _refusal(plan: ScorePlan) -> str | None:
-    try:
-        plan.check_rejected_share(Counts())
-    except RejectedError as error:
-        return str(error)
-    return None
 
 
 def _of_manifest(manifest: Manifest, shown: str | None) -> RunSummary:

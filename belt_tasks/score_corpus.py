@@ -88,7 +88,7 @@ def complete(plan: ScorePlan, receipts: Sequence[ShardReceipt], *, corpus_uri: s
     if plan.spec.removed == "mark":
         change = change.model_copy(update={"marked_at": datetime.now(UTC).isoformat()})
     milestones.rows_rejected(plan.run.run_id, planned.counts + total(receipts), num_rows=plan.num_rows)
-    plan.check_rejected_share(total(receipts))
+    plan.check_rejected_share(receipts)
     return publishing.complete(
         plan.run,
         [planned, *receipts],

@@ -5,6 +5,7 @@ from and of everything that decides the result, so that a run that was killed is
 shown already is not done again.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ from belt_tasks import (
     planning,
     progress,
     publishing,
+    refusal,
     score_tables,
     storage,
     telemetry,
@@ -72,15 +74,22 @@ class ScorePlan(Spec):
         """Whether the published table is that of the whole corpus after it."""
         return self.change is None or self.change.is_last
 
-    def check_rejected_share(self, of_shards: Counts) -> None:
+    @property
+    def refusal(self) -> str | None:
+        """Why it is not carried out: too many rows are put aside by the plan alone; None where they are not."""
+        counts = Counts() if self.receipt is None else self.receipt.counts
+        limit = self.spec.max_rejected_share
+        return refusal.refusal(self.run, counts, num_rows=self.num_rows, limit=limit)
+
+    def check_rejected_share(self, of_shards: Sequence[ShardReceipt] = ()) -> None:
         """Refuse to go on where too many rows are put aside.
 
         Raises:
             RejectedError: there are more, by the plan and in shards, than the spec allows.
         """
-        counts = of_shards if self.receipt is None else self.receipt.counts + of_shards
+        receipts = [*([] if self.receipt is None else [self.receipt]), *of_shards]
         limit = self.spec.max_rejected_share
-        publishing.check_rejected_share(self.run, counts, num_rows=self.num_rows, limit=limit)
+        refusal.check_rejected_share(self.run, receipts, num_rows=self.num_rows, limit=limit)
 
     def run_row(self, corpus_uri: str) -> dict[str, str | int | None]:
         """What the run's row of the `runs` table says of this plan."""
@@ -127,7 +136,7 @@ def plan_scoring(
     found = {"run": run, "manifest": publishing.find_complete(run)}
     plan = plan.model_copy(update=_present(asked, base_version) | found)
     if plan.manifest is None:
-        plan.check_rejected_share(Counts())
+        plan.check_rejected_share()
         for stage in ("tokenize", "score"):
             progress.advance(stage, 0, num_more=plan.num_rows_to_score)
         milestones.planned(

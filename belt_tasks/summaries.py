@@ -9,6 +9,7 @@ from urllib.parse import quote
 from belt_tasks import storage
 from belt_tasks.clean import Cleaned
 from belt_tasks.demo import ReadBack
+from belt_tasks.errors import RejectedError
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.gate import DecisionRecord
@@ -101,6 +102,17 @@ def run_summary(
 def report_summary(report: ScoreReport) -> str:
     """The verdict on drift, and where a run's report is."""
     return "\n".join([f"## report of run {report.run.run_id}", "", f"{report.verdict}.", "", *_pages(report)]) + "\n"
+
+
+def refusal_summary(error: RejectedError, links: Mapping[str, str] | None = None) -> str:
+    """Why a run was refused, and where its rejected rows are.
+
+    Args:
+        error: what refused it.
+        links: as of `run_summary`.
+    """
+    lines = ["## Refused", "", f"{error}.", "", f"- data quality: {_link(error.quality_uri, links)}"]
+    return "\n".join(lines) + "\n"
 
 
 def preview_summary(found: ScorePreview) -> str:

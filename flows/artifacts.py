@@ -1,6 +1,8 @@
 """Artifacts: what people see of a flow run on its page, beside its log."""
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 from prefect.artifacts import create_markdown_artifact
@@ -8,8 +10,8 @@ from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from belt_tasks import storage
-from belt_tasks.errors import BeltError, ConfigError
+from belt_tasks import storage, summaries
+from belt_tasks.errors import BeltError, ConfigError, RejectedError
 from belt_tasks.report import ScoreReport
 
 log = logging.getLogger(__name__)
@@ -52,11 +54,31 @@ def report_links(report: ScoreReport | None, settings: LinkSettings) -> dict[str
 
     One that signs nothing is a warning: no run fails for it.
     """
-    if report is None or settings.report_link_hours is None:
+    return {} if report is None else _signed([report.report_uri, report.quality_uri], settings)
+
+
+@contextmanager
+def refusal() -> Iterator[LinkSettings]:
+    """Show where the rejected rows are of a run that is refused for them.
+
+    Raises:
+        ConfigError: the environment's settings of links are wrong; nothing was done.
+    """
+    settings = read_link_settings()
+    try:
+        yield settings
+    except RejectedError as error:
+        links = _signed([error.quality_uri], settings)
+        show("score-refused", summaries.refusal_summary(error, links=links))
+        raise
+
+
+def _signed(uris: Sequence[str], settings: LinkSettings) -> dict[str, str]:
+    if settings.report_link_hours is None:
         return {}
     valid_for = timedelta(hours=settings.report_link_hours)
     try:
-        signed = {uri: storage.signed_url(uri, valid_for) for uri in (report.report_uri, report.quality_uri)}
+        signed = {uri: storage.signed_url(uri, valid_for) for uri in uris}
     except BeltError as error:
         log.warning("the report cannot be opened from the summary: %s", error)
         return {}

@@ -39,8 +39,12 @@ def score(
         runner: `threads` scores one shard after the other in this process; `ray` many at once, on a Ray cluster.
         ray: the cluster and its workers.
     """
-    with attempt(storage_block, time_limit_s), runners.scoring(runner, ray) as stages:
-        asked_at, links = datetime.now(UTC), artifacts.read_link_settings()
+    with (
+        attempt(storage_block, time_limit_s),
+        artifacts.refusal() as links,
+        runners.scoring(runner, ray) as stages,
+    ):
+        asked_at = datetime.now(UTC)
         while True:
             started_at = datetime.now(UTC)
             plan = stages.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)

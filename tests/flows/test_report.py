@@ -67,6 +67,19 @@ def test_a_scoring_leads_to_its_report(corpus, tiny_checkpoint, tmp_path, client
         assert f"`{uri}` ([open](file://{uri}))" in told
 
 
+def test_a_refused_run_says_where_its_rejected_rows_are(corpus, tiny_checkpoint, tmp_path, client):
+    pl.DataFrame({"doc_id": ["x", None], "text": [None, "fox"]}).write_parquet(corpus / "b.parquet")
+
+    state = night(corpus, tiny_checkpoint, tmp_path / "out", return_state=True)
+
+    refused = state.result(raise_on_failure=False)
+    assert state.is_failed()
+    assert Path(refused.quality_uri).is_file()
+    told = artifact(client, state, "score-refused")
+    assert "2 of 32 rows (6.2%) were rejected" in told
+    assert f"- data quality: `{refused.quality_uri}` ([open](file://{refused.quality_uri}))" in told
+
+
 def test_a_run_of_nothing_changed_neither_counts_nor_draws_again(
     corpus, tiny_checkpoint, tmp_path, monkeypatch, client
 ):

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
+from belt_tasks.errors import RejectedError
 from belt_tasks.publishing import RunRef
 from belt_tasks.report import ScoreReport, score_report
 from belt_tasks.score_corpus import score_corpus
@@ -126,6 +127,25 @@ def test_what_a_corpus_holds_is_shown_as_it_is_and_runs_nothing(hostile, browser
         for label in LABELS:
             assert label in shown["report_uri"]
         assert "alert(1)</script> " in shown["report_uri"].replace("\n", " ")  # of a passage
+
+
+def test_the_page_of_a_refused_run_leads_nowhere_that_is_not_there(hostile, browser, tmp_path, tiny_checkpoint):
+    corpus = Path(hostile[0].run.output_uri).parent / "<b>corpus"
+    with pytest.raises(RejectedError) as refused:
+        score_corpus(str(corpus), tiny_checkpoint, str(tmp_path / "out"), spec=ScoreSpec(device="cpu"))
+
+    with browser.new_context() as context:
+        page, watch = opened(context, refused.value.quality_uri)
+        page.screenshot(path=tmp_path / "refused.png", full_page=True)
+
+        assert watch.said == []
+        header = page.locator("header").inner_text()
+        assert "The run was refused: 16 of 92 rows (17.4%) were rejected, more than max_rejected_share" in header
+        assert "refused" in page.locator("footer").inner_text()
+        assert page.locator("a").count() == 0
+        shown = page.locator("main").inner_text()
+        for value in HOSTILE:
+            assert f"0{value}" in shown
 
 
 def test_links_lead_from_page_to_page(hostile, browser):

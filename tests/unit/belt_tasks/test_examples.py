@@ -111,7 +111,7 @@ def test_rejected_rows_are_counted_and_each_reason_is_shown(tmp_path, monkeypatc
     second = [("c", "doc_id_duplicate")] * 3
     run, manifest = written(tmp_path, "rejected", [rejected(first), rejected([]), rejected(second)])
 
-    found = examples.rejected_rows(run, manifest)
+    found = examples.rejected_rows(run.output_uri, manifest.files)
 
     assert found.num_rows == 15
     assert found.by_reason.rows() == [("text_null", 11), ("doc_id_duplicate", 3), ("doc_id_null", 1)]
@@ -130,7 +130,9 @@ def test_rejected_rows_are_counted_and_each_reason_is_shown(tmp_path, monkeypatc
 
 
 def test_nothing_rejected_is_nothing_to_show(tmp_path):
-    found = examples.rejected_rows(*written(tmp_path, "rejected", [rejected([])]))
+    run, manifest = written(tmp_path, "rejected", [rejected([])])
+
+    found = examples.rejected_rows(run.output_uri, manifest.files)
 
     assert (found.num_rows, len(found.by_source), len(found.rows)) == (0, 0, 0)
 

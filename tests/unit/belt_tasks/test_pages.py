@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from belt_tasks import pages, report_contents
 from belt_tasks.examples import RejectedRows
-from belt_tasks.publishing import Manifest
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -48,7 +47,7 @@ def quality(value: str) -> str:
             {name: ["file" if name in {"source_uri", "doc_id", "detail"} else row[name]] for name in row}
         ),
     )
-    contents = report_contents.of_quality(Manifest(run=RUN, rejected_by_reason={"text_null": 1}, files=()), rejected)
+    contents = report_contents.of_quality(RUN, rejected)
     contents["rows"] = [row]  # also what no table could hold
     contents["sources"] = [{"source_uri": value, "reason": "text_null", "len": 1}]
     return pages.render("rejected.html.j2", contents).decode()

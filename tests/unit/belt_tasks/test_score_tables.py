@@ -321,7 +321,7 @@ def test_too_many_rejected_rows_stop_the_run_before_anything_is_scored(corpus, t
 
     words = (
         r"2 of 20 rows \(10\.0%\) were rejected, more than max_rejected_share allows \(5\.0%\): doc_id_duplicate 1, "
-        r"text_null 1; nothing was published\. They are in .*/rejected; mend the corpus"
+        r"text_null 1; nothing was published\. They are shown in .*/report/rejected\.html, and all .*; mend the corpus"
     )
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded"))
