@@ -5,24 +5,18 @@ a traceback.
 """
 
 import functools
-import getpass
-import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.markdown
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
 
-from belt_tasks import logs, progress, specs
-from belt_tasks.errors import BeltError, ConfigError
+from belt_tasks import specs
+from belt_tasks.errors import ConfigError
+from flows import cli_models, cli_runs
 from flows.local_server import local_server
 from flows.observation import LOG_FORMAT, observe_command
 from flows.options import (
@@ -96,7 +90,7 @@ from flows.options import (
     option,
     read_config,
 )
-from flows.progress_bars import ProgressBars
+from flows.terminal import complain, console, running, show, user_errors
 
 app = typer.Typer(
     help="Fine-tune and score text encoders on documents longer than the encoder can read.",
@@ -105,12 +99,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(soft_wrap=True)
-GO_ON = "Finished shards, if any, are kept; run the same command again to go on."
-log = logging.getLogger(__name__)
 EVALUATE_SECTIONS = ("corpus", "spec", "drift")
 SCORE_SECTIONS = (*EVALUATE_SECTIONS, "ray")
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+app.add_typer(
+    cli_runs.app, name="runs", help="List the runs of an output (`belt runs OUTPUT`), or clean up after them."
+)
+app.add_typer(cli_models.app, name="models", help="List a registry of models (`belt models REGISTRY`), or go back.")
 
 
 @app.callback()
@@ -133,7 +127,7 @@ def _main(
     if "PREFECT_HOME" in os.environ:  # Prefect makes the last folder of the path only, and fails obscurely without
         Path(os.environ["PREFECT_HOME"]).expanduser().mkdir(parents=True, exist_ok=True)
     if context.invoked_subcommand != "doctor":  # which says what is wrong with it
-        with _user_errors():
+        with user_errors():
             observe_command(log_format, verbose=verbose)
 
 
@@ -183,19 +177,19 @@ def score(
 ) -> None:
     """Score what is new or changed in CORPUS and publish it. Windows and pooling default to the checkpoint's."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors():
+    with user_errors():
         ray = _ray_spec(options)
         columns, spec, drift, checkpoint = _score_specs(options, sections=SCORE_SECTIONS)
         if dry_run:
-            with _running():
+            with running():
                 from flows.preview import preview  # noqa: PLC0415 - after the environment is set
 
                 found = preview(corpus, checkpoint, output, columns, spec, storage_block)
                 from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-            _print(summaries.preview_summary(found))
+            show(summaries.preview_summary(found))
             return
-        with _running():
+        with running():
             from flows.score import score as flow  # noqa: PLC0415 - after the environment is set
 
             manifest = flow(
@@ -208,7 +202,7 @@ def score(
             steps = run_list.earlier_steps(manifest)
             report = read_report(RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"]))
 
-    _print(summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=steps, report=report))
+    show(summaries.run_summary(manifest, asked_at=asked_at, earlier_steps=steps, report=report))
 
 
 @app.command()
@@ -248,15 +242,15 @@ def evaluate(
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors():
+    with user_errors():
         columns, spec, drift, checkpoint = _score_specs(options)
-        with _running():
+        with running():
             from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
 
             manifest, receipt = flow(corpus, checkpoint, output, columns, spec, storage_block, drift=drift)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
+    show(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
 
 
 @app.command()
@@ -299,17 +293,17 @@ def fine_tune(
 ) -> None:
     """Fine-tune an encoder on a labelled CORPUS; the gradient flows through the pooling, in fixed memory."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors():
+    with user_errors():
         sections = read_config(config, sections=("corpus", "spec"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         spec = build(specs.TrainSpec, options, sections, section="spec")
-        with _running():
+        with running():
             from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set
 
             manifest, receipt = flow(corpus, encoder, output, columns, spec, storage_block)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest, asked_at=asked_at), summaries.fine_tuning_summary(receipt))
+    show(summaries.run_summary(manifest, asked_at=asked_at), summaries.fine_tuning_summary(receipt))
 
 
 @app.command()
@@ -334,17 +328,17 @@ def chunk(
 ) -> None:
     """Write the chunk table of CORPUS: one row of token ids per window, as Parquet."""
     options, asked_at = dict(locals()), datetime.now(UTC)
-    with _user_errors():
+    with user_errors():
         sections = read_config(config, sections=("corpus", "chunks"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         chunks = build(specs.ChunkSpec, options, sections, section="chunks")
-        with _running():
+        with running():
             from flows.chunk import chunk as flow  # noqa: PLC0415 - after the environment is set
 
             manifest = flow(corpus, encoder, output, columns, chunks, storage_block)
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.run_summary(manifest, asked_at=asked_at))
+    show(summaries.run_summary(manifest, asked_at=asked_at))
 
 
 @app.command()
@@ -364,62 +358,13 @@ def windows(
 ) -> None:
     """Show how a text is cut: tokens, characters and first words of every chunk. For learning the parameters."""
     options = dict(locals())
-    with _user_errors():
+    with user_errors():
         spec = build(specs.ChunkSpec, options, {}, section="chunks")
         from belt_tasks.window_table import window_table  # noqa: PLC0415 - imports transformers
 
         table, totals = window_table(file, encoder, spec)
     console.print(table)
     console.print(totals)
-
-
-class _ListsByDefault(TyperGroup):
-    """`belt runs OUTPUT` lists, so that the commonest of its commands needs no name."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            args = ["list", *args]
-        return super().parse_args(ctx, args)
-
-
-runs_app = typer.Typer(cls=_ListsByDefault, no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(runs_app, name="runs", help="List the runs of an output (`belt runs OUTPUT`), or clean up after them.")
-
-
-@runs_app.command("list")
-def runs(output: Annotated[str, typer.Argument(help="Output of earlier commands; any fsspec URL.")]) -> None:
-    """List the runs of OUTPUT: which one readers see, what each did and cost, and which did not finish."""
-    with _user_errors():
-        from belt_tasks import run_list, summaries  # noqa: PLC0415 - imports torch
-
-        _print(summaries.runs_summary(run_list.list_runs(output)))
-
-
-@runs_app.command()
-def clean(
-    output: Annotated[str, typer.Argument(help="Output of `belt score`; any fsspec URL.")],
-    older_than: Annotated[
-        float, typer.Option(min=0.0, help="Days; what changed since is left alone.", metavar="<float>")
-    ] = 7.0,
-    *,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
-) -> None:
-    """Remove what runs left behind and no table refers to: unfinished runs, and files that the tables have taken in."""
-    with _user_errors():
-        from belt_tasks import clean as cleaning  # noqa: PLC0415 - imports torch
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
-
-        done = cleaning.clean_up(output, older_than=timedelta(days=older_than), dry_run=dry_run)
-        _print(summaries.clean_summary(done, dry_run=dry_run))
-
-
-@runs_app.command()
-def check(output: Annotated[str, typer.Argument(help="Output of `belt score`; any fsspec URL.")]) -> None:
-    """Read the published tables of OUTPUT, and check every row against its contract."""
-    with _user_errors():
-        from belt_tasks import maintenance, summaries  # noqa: PLC0415 - imports torch
-
-        _print(summaries.checks_summary(maintenance.check_tables(output)))
 
 
 @app.command()
@@ -430,11 +375,11 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a run of OUTPUT again, and say where it is: statistics, drift, data quality, cost."""
-    with _user_errors():
+    with user_errors():
         from belt_tasks import report as reports  # noqa: PLC0415 - imports torch
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-        _print(summaries.report_summary(reports.report_again(output, run)))
+        show(summaries.report_summary(reports.report_again(output, run)))
 
 
 @app.command()
@@ -445,17 +390,17 @@ def rollback(
     ] = None,
 ) -> None:
     """Show an earlier run's predictions again, by one commit; nothing is lost, and the next run publishes as ever."""
-    with _user_errors():
+    with user_errors():
         from belt_tasks import run_list  # noqa: PLC0415 - imports torch
 
         done = run_list.roll_back(output, run)
-        _print(f"Readers see run {done.run_id} again instead of {done.from_run_id} (version {done.version}).")
+        show(f"Readers see run {done.run_id} again instead of {done.from_run_id} (version {done.version}).")
 
 
 @app.command()
 def deploy() -> None:
     """Make or update belt's deployments, work pools and automations on the Prefect server at PREFECT_API_URL."""
-    with _user_errors():
+    with user_errors():
         if "PREFECT_API_URL" not in os.environ:
             raise WrongUsageError(
                 "PREFECT_API_URL must be the address of a Prefect server, such as http://host:4200/api"
@@ -469,7 +414,7 @@ def deploy() -> None:
             except ConfigError as error:
                 raise WrongUsageError(str(error)) from error
             done = make(settings)
-    _print(f"Deployed {', '.join(done)} to {os.environ['PREFECT_API_URL']}.")
+    show(f"Deployed {', '.join(done)} to {os.environ['PREFECT_API_URL']}.")
 
 
 @app.command()
@@ -505,48 +450,28 @@ def promote(
 ) -> None:
     """Measure a challenger against the champion of a registry on a labelled CORPUS; a better one takes its place."""
     options = dict(locals())
-    with _user_errors():
+    with user_errors():
         sections = read_config(config, sections=("corpus", "spec", "gate"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         spec = build(specs.ScoreSpec, options, sections, section="spec")
         gate = build(specs.GateSpec, options, sections, section="gate")
-        with _running():
+        with running():
             from flows.promote import promote as flow  # noqa: PLC0415 - after the environment is set
 
             done = flow(
-                challenger, registry, corpus, output, columns, spec, gate, who=_who(who), storage_block=storage_block
+                challenger,
+                registry,
+                corpus,
+                output,
+                columns,
+                spec,
+                gate,
+                who=cli_models.name_of(who),
+                storage_block=storage_block,
             )
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.promotion_summary(done))
-
-
-models_app = typer.Typer(cls=_ListsByDefault, no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(models_app, name="models", help="List a registry of models (`belt models REGISTRY`), or go back.")
-
-
-@models_app.command("list")
-def models(registry: Annotated[str, typer.Argument(help="Registry of `belt promote`; any fsspec URL.")]) -> None:
-    """List the models of REGISTRY: which is the champion, where each is from, who moved which alias, and why."""
-    with _user_errors():
-        from belt_tasks import model_store, summaries  # noqa: PLC0415 - imports torch
-
-        _print(summaries.models_summary(model_store.list_models(registry)))
-
-
-@models_app.command("rollback")
-def roll_back_model(
-    registry: Annotated[str, typer.Argument(help="Registry of `belt promote`; any fsspec URL.")],
-    alias: Annotated[str, typer.Option(help="What to move.", metavar="<str>")] = "champion",
-    why: Annotated[str, typer.Option(help="Stands in the history.", metavar="<str>")] = "rolled back",
-    who: Who = None,
-) -> None:
-    """Move the champion back to the checkpoint that it was before, by one entry of the history; twice undoes itself."""
-    with _user_errors():
-        from belt_tasks import registry as models_of  # noqa: PLC0415 - takes a moment
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
-
-        _print(summaries.alias_summary(models_of.roll_back(registry, alias, who=_who(who), why=why)))
+    show(summaries.promotion_summary(done))
 
 
 @app.command()
@@ -554,13 +479,13 @@ def demo(
     output: Annotated[str, typer.Option(help="Directory for the corpus and all results.")] = ".belt/demo",
 ) -> None:
     """Run everything on real text that every machine has: the docstrings of the installed libraries."""
-    with _user_errors(), _running():
+    with user_errors(), running():
         from flows.demo import demo as flow  # noqa: PLC0415 - after the environment is set
 
         result = flow(output)
         from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-    _print(summaries.demo_summary(**dict(result)))
+    show(summaries.demo_summary(**dict(result)))
 
 
 @app.command()
@@ -575,7 +500,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Say it as one JSON document, for machines.")] = False,
 ) -> None:
     """Say whether this machine, its Prefect server and the places that are named are fit for belt, and what to do."""
-    with _user_errors():
+    with user_errors():
         from belt_tasks import doctor as examining  # noqa: PLC0415 - imports pyarrow
 
         def of_prefect() -> list[examining.Check]:
@@ -605,7 +530,7 @@ def main() -> None:
         if "--verbose" in sys.argv:
             raise
         words = " ".join(f"{type(error).__name__}: {error}".split())
-        _complain(f"unexpected {words} (run `belt --verbose ...` for the traceback)")
+        complain(f"unexpected {words} (run `belt --verbose ...` for the traceback)")
         sys.exit(1)
 
 
@@ -639,71 +564,6 @@ def _ray_spec(options: dict[str, Any]) -> specs.RaySpec:
             f"--{given[0].replace('_', '-')} goes with --runner ray, got --runner {options['runner']}"
         )
     return build(specs.RaySpec, options, config, section="ray")
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Say what is wrong in words, and leave with the right exit code."""
-    try:
-        yield
-    except WrongUsageError as error:
-        for line in str(error).split("\n"):
-            _complain(line)
-        raise typer.Exit(2) from None
-    except BeltError as error:
-        _complain(str(error))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends within seconds, in order
-        _tell_end(f"Interrupted. {GO_ON}")
-        raise typer.Exit(128 + signal.SIGINT) from None
-    except SystemExit as error:
-        if error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
-            with suppress(OSError):  # the terminal may be gone
-                _tell_end(f"Terminated. {GO_ON}")
-        raise
-
-
-def _who(given: str | None) -> str:
-    """Whom the history of a registry names."""
-    if given is not None:
-        return given
-    try:
-        return os.environ.get("BELT_USER") or getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        raise WrongUsageError("--who: this system's user has no name; say who you are, or set BELT_USER") from None
-
-
-def _tell_end(words: str) -> None:
-    if logs.writes_json():
-        log.warning(words)
-    else:
-        errors.print(words)
-
-
-def _complain(message: str) -> None:
-    if logs.writes_json():
-        log.error(message)
-        return
-    errors.print("[red]Error:[/red]", end=" ")
-    errors.print(message, markup=False)
-
-
-@contextmanager
-def _running() -> Iterator[None]:
-    """A Prefect server to run against; progress bars on a terminal, a line now and then elsewhere, or the log."""
-    if logs.writes_json():
-        with local_server():
-            yield
-        return
-    with local_server(), ProgressBars(errors) as bars, progress.listen(bars.advance, bars.say):
-        yield
-
-
-def _print(*summaries: str) -> None:
-    """Rendered on a terminal, plain Markdown elsewhere, where long paths must stay in one piece."""
-    for summary in summaries:
-        console.print(rich.markdown.Markdown(summary) if console.is_terminal else summary, markup=False)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from belt_tasks import specs
 from belt_tasks.tokens import load_tokenizer
 from belt_tasks.windows import chunk_windows
-from flows import cli
+from flows import cli, cli_models
 from flows.options import WrongUsageError, build, read_config
 from tests.conftest import words
 
@@ -408,8 +408,8 @@ def test_models_of_nothing(tmp_path):
 
 def test_who_moves_an_alias(monkeypatch):
     monkeypatch.setenv("BELT_USER", "ann")
-    assert cli._who("bob") == "bob"
-    assert cli._who(None) == "ann"
+    assert cli_models.name_of("bob") == "bob"
+    assert cli_models.name_of(None) == "ann"
     monkeypatch.delenv("BELT_USER")
     monkeypatch.setenv("LOGNAME", "carol")
-    assert cli._who(None) == "carol"
+    assert cli_models.name_of(None) == "carol"
