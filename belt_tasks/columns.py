@@ -27,7 +27,7 @@ NUM_EXAMPLES = 10
 _REQUIRED = [field.name for field in data_contracts.arrow_schema("documents") if not field.nullable]
 
 
-def told(option: str) -> str:
+def words_for(option: str) -> str:
     """An option of the command line, and what a deployment or a Python call has instead."""
     return f"{option}, or {option.removeprefix('--').replace('-', '_')} of corpus"
 
@@ -43,7 +43,7 @@ def field_of(schema: pa.Schema, name: str, *, option: str, uri: str) -> pa.Field
         names = ", ".join(repr(other) for other in schema.names[:NUM_EXAMPLES])
         more = f" and {len(schema.names) - NUM_EXAMPLES} more" if len(schema.names) > NUM_EXAMPLES else ""
         problem = "no column" if not found else f"{len(found)} columns named"
-        raise ConfigError(f"{uri}: {problem} {name!r}; it has {names}{more} (choose with {told(option)})")
+        raise ConfigError(f"{uri}: {problem} {name!r}; it has {names}{more} (choose with {words_for(option)})")
     return schema.field(found[0])
 
 
@@ -70,7 +70,7 @@ def check_columns(schema: pa.Schema, spec: CorpusSpec, *, label_role: str, uri: 
             problems.append(str(error))
             continue
         if not accepts(_value_type(found.type)):
-            problems.append(f"{uri}: column {name!r} must hold {allowed}, got {found.type} ({told(option)})")
+            problems.append(f"{uri}: column {name!r} must hold {allowed}, got {found.type} ({words_for(option)})")
     if problems:
         raise ConfigError("\n".join(problems))
 

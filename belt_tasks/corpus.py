@@ -90,7 +90,7 @@ def first_problems(problems: list[str]) -> str:
 
 def no_rows_of_split(corpus_uri: str, spec: CorpusSpec) -> str:
     """What is wrong with a corpus that has rows, but none of the wanted split."""
-    choice = columns.told("--split")
+    choice = columns.words_for("--split")
     return f"{corpus_uri}: no row has {spec.split!r} in column {spec.split_column!r} (choose with {choice})"
 
 
