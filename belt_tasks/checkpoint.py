@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,6 +27,7 @@ from belt_tasks import encoder, publishing, registry, storage
 from belt_tasks.engine import ChunkEncoder, build_encoder
 from belt_tasks.errors import ConfigError
 from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Precision, Spec
+from belt_tasks.stored import read_json
 from belt_tasks.tokens import DocumentTokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -144,12 +144,8 @@ def read_card(uri: str) -> CheckpointCard | None:
     Raises:
         ConfigError: the card is not one that this belt reads.
     """
-    if not storage.exists(storage.join(uri, CARD_NAME)):
-        return None
-    try:
-        return CheckpointCard.model_validate_json(storage.read_bytes(storage.join(uri, CARD_NAME)))
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{uri}: its {CARD_NAME} is not one that this belt reads: {error}") from error
+    card_uri = storage.join(uri, CARD_NAME)
+    return read_json(card_uri, CheckpointCard, "the card of a checkpoint") if storage.exists(card_uri) else None
 
 
 def read_head(uri: str) -> Head:

@@ -15,6 +15,7 @@ from belt_tasks import lake, score_tables, sorted_files, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.sorted_files import SortedFile
 from belt_tasks.specs import Spec
+from belt_tasks.stored import read_json
 
 
 class ExportManifest(Spec):
@@ -70,7 +71,7 @@ def export_predictions(output_uri: str) -> ExportManifest:
 def read_export(output_uri: str) -> ExportManifest | None:
     """What was exported last; None where nothing was."""
     uri = storage.join(output_uri, "export", "manifest.json")
-    return ExportManifest.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+    return read_json(uri, ExportManifest, "the manifest of an export") if storage.exists(uri) else None
 
 
 def _remove_all_but(output_uri: str, globs: set[str]) -> None:

@@ -34,6 +34,7 @@ from belt_tasks.planning import TrainPlan
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.receipts import ShardReceipt, Stopwatch
 from belt_tasks.specs import CorpusSpec, Spec, TrainSpec
+from belt_tasks.stored import read_json
 from belt_tasks.tokens import SpecialTokens, load_tokenizer
 from belt_tasks.training_set import TrainingSet, load_training_set
 from belt_tasks.windows import Windows, chunk_windows
@@ -303,7 +304,7 @@ def republish(run: RunRef) -> Manifest | None:
 
 def read_receipt(run: RunRef) -> FineTuningReceipt:
     """The receipt of a finished fine-tuning run."""
-    return FineTuningReceipt.model_validate_json(storage.read_bytes(_receipt_uri(run)))
+    return read_json(_receipt_uri(run), FineTuningReceipt, "the receipt of a fine-tuning")
 
 
 def build_trainer(training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str, ranks: Ranks = ALONE) -> Trainer:

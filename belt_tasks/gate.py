@@ -1,12 +1,16 @@
 """The gate: whether a challenger takes the champion's place, decided on the same held-out documents. Pure.
 
-    reject     a floor is broken, or the gain is negative beyond chance
+    reject     a floor is broken, or the gain is negative; of recalls and the gain, beyond chance
     promote    every check passes: no floor is broken, there are documents enough, and the gain exceeds min_gain beyond
                chance, that is, so does the lower end of its interval
     hold       anything else: no harm is shown, but no gain either
 
-Floors are on recall, calibration and speed. The first champion of all has nobody to be compared with: it is promoted if
-no absolute floor is broken and there are documents enough. What a floor cannot be measured on (another device) holds.
+Floors are on recall, calibration and speed. A label's recall rests on its own documents, often few: where it is below
+its floor, but the interval of the difference reaches above, it may be chance, and the decision is hold. If a floor
+cannot be measured (speeds on different devices), it is hold too. The first champion of all has nobody to be compared
+with: it is promoted if no absolute floor is broken and there are documents enough.
+
+Shape letters: B draws, D documents, L labels.
 """
 
 import hashlib
@@ -22,6 +26,7 @@ from belt_tasks.errors import ConfigError
 from belt_tasks.specs import CorpusSpec, GateSpec, Head, Metric, ScoreSpec, Spec
 
 Decision = Literal["promote", "hold", "reject"]
+Floats = NDArray[np.float64]
 TOLERANCE = 1e-9  # of a floor, for float noise
 HOLDING = {"documents", "gain"}
 """Checks that are not floors: where one fails, the champion stays, but nothing is said against the challenger."""
@@ -40,6 +45,7 @@ class Scored:
     target: NDArray[np.generic]
     """Class positions [D], bools [D, L], or numbers [D]; in the order of the head's labels."""
     scores_DL: NDArray[np.float64]
+    """Probabilities, or one column of numbers."""
     threshold: float = 0.5
     encode_s: float | None = None
     """Seconds of the encoder for a document."""
@@ -57,6 +63,8 @@ class Check(Spec):
     limit: float
     passed: bool | None
     """None where nothing was measured."""
+    may_be_chance: bool = False
+    """Not passed, but other documents of the same kind might have passed it."""
 
 
 class DecisionRecord(Spec):
@@ -114,6 +122,7 @@ def decide(
     Raises:
         ConfigError: the two were not scored on the same documents, or have other labels, or there is no such metric.
     """
+    check_metric(gate, challenger.head)
     if champion is not None:
         challenger = _aligned(champion, challenger)
     head = challenger.head
@@ -151,8 +160,19 @@ def decide(
     )
 
 
+def check_metric(gate: GateSpec, head: Head) -> None:
+    """See that a head has the metric that is asked for.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    allowed = resampling.METRICS[head.task]
+    if gate.metric is not None and gate.metric not in allowed:
+        raise ConfigError(f"metric of a {head.task} task must be one of {', '.join(allowed)}, got {gate.metric!r}")
+
+
 def _decision(checks: tuple[Check, ...], gain_upper: float | None) -> Decision:
-    if any(check.passed is False and check.name not in HOLDING for check in checks):
+    if any(check.passed is False and not check.may_be_chance and check.name not in HOLDING for check in checks):
         return "reject"
     if gain_upper is not None and gain_upper < 0:
         return "reject"
@@ -162,16 +182,14 @@ def _decision(checks: tuple[Check, ...], gain_upper: float | None) -> Decision:
 def _floors(
     gate: GateSpec, champion: Scored | None, challenger: Scored, before: dict[str, Any] | None, now: dict[str, Any]
 ) -> Iterator[Check]:
-    """The checks that reject; those of what the task does not have are left out."""
-    recall_before = {} if before is None else _recalls(before)
-    for label, recall in _recalls(now).items():
-        if recall is None:
-            continue
-        if gate.min_recall is not None:
-            yield _at_least("recall", recall, gate.min_recall, label)
-        known = recall_before.get(label)
-        if gate.max_recall_drop is not None and known is not None:
-            yield _at_least("recall against the champion's", recall, known * (1 - gate.max_recall_drop), label)
+    """The checks that may reject; those of what the task does not have are left out."""
+    recall = _recalls(now)
+    if gate.min_recall is not None:
+        yield from _recall_checks("recall", recall, dict.fromkeys(recall, gate.min_recall), None, challenger, gate)
+    if gate.max_recall_drop is not None and champion is not None and before is not None:
+        kept = 1 - gate.max_recall_drop
+        limit = {label: None if known is None else kept * known for label, known in _recalls(before).items()}
+        yield from _recall_checks("recall against the champion's", recall, limit, champion, challenger, gate)
     if "ece" in now:
         if gate.max_ece is not None:
             yield _at_most("calibration error", now["ece"], gate.max_ece)
@@ -179,6 +197,46 @@ def _floors(
             yield _at_most("increase of the calibration error", now["ece"] - before["ece"], gate.max_ece_increase)
     if gate.max_slowdown is not None and champion is not None:
         yield _at_most("slowdown", _slowdown(champion, challenger), gate.max_slowdown)
+
+
+def _recall_checks(
+    name: str,
+    recall: dict[str, float | None],
+    limit: dict[str, float | None],
+    champion: Scored | None,
+    challenger: Scored,
+    gate: GateSpec,
+) -> list[Check]:
+    """Of every label that has documents; its limit is a share of the champion's recall, or the same for all."""
+    checks = [
+        _at_least(name, number, least, label)
+        for label, number in recall.items()
+        if number is not None and (least := limit[label]) is not None
+    ]
+    if all(check.passed for check in checks):
+        return checks
+    of_challenger = _weighted_recalls(challenger)
+    of_champion = None if champion is None else _weighted_recalls(champion)
+
+    def excess(weights_BD: Floats) -> Floats:
+        if of_champion is None:
+            return of_challenger(weights_BD) - (gate.min_recall or 0.0)
+        return of_challenger(weights_BD) - (1 - (gate.max_recall_drop or 0.0)) * of_champion(weights_BD)
+
+    _, upper_L = resampling.intervals(excess, num_documents=len(challenger.doc_ids), **_draws(gate))
+    upper = dict(zip(challenger.head.labels, upper_L.tolist(), strict=True))
+    return [
+        check.model_copy(update={"may_be_chance": not check.passed and upper[check.label or ""] >= -TOLERANCE})
+        for check in checks
+    ]
+
+
+def _weighted_recalls(scored: Scored) -> resampling.WeightedMetrics:
+    return resampling.weighted_recalls(scored.head.task, scored.target, scored.scores_DL, scored.threshold)
+
+
+def _draws(gate: GateSpec) -> dict[str, Any]:
+    return {"confidence": gate.confidence, "num_resamples": gate.num_resamples, "seed": gate.resampling_seed}
 
 
 def _at_least(name: str, number: float, limit: float, label: str | None = None) -> Check:
@@ -204,9 +262,7 @@ def _gain_interval(champion: Scored, challenger: Scored, metric: Metric, gate: G
         now,
         num_documents=len(challenger.doc_ids),
         sign=-1 if metric in resampling.LOWER_IS_BETTER else 1,
-        confidence=gate.confidence,
-        num_resamples=gate.num_resamples,
-        seed=gate.resampling_seed,
+        **_draws(gate),
     )
 
 
@@ -247,7 +303,9 @@ def _why(
     if interval[0] is not None and gain is not None:
         told = f"gain in {metric} {gain:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
     missed = ", ".join(
-        check.name + (f" of {check.label}" if check.label else "") for check in checks if not check.passed
+        check.name + (f" of {check.label}" if check.label else "") + (" (may be chance)" if check.may_be_chance else "")
+        for check in checks
+        if not check.passed
     )
     return f"{told}; " + (f"not passed: {missed}" if missed else "every check passed")
 
@@ -262,7 +320,8 @@ def _aligned(champion: Scored, challenger: Scored) -> Scored:
     if one.task != other.task or set(one.labels) != set(other.labels):
         raise ConfigError(
             f"champion and challenger cannot be compared: {one.task} of {', '.join(one.labels)} against "
-            f"{other.task} of {', '.join(other.labels)}"
+            f"{other.task} of {', '.join(other.labels)}; where that is meant, a person makes it the champion with "
+            f"`belt models assign REGISTRY {challenger.digest} --why ...`"
         )
     if champion.threshold != challenger.threshold:
         raise ConfigError(

@@ -7,7 +7,6 @@ REGISTRY/models/DIGEST.json        what it is and who added it; written when the
 from datetime import UTC, datetime
 from typing import Any
 
-import pydantic
 from pydantic import AwareDatetime
 
 from belt_tasks import checkpoint as checkpoints
@@ -15,6 +14,7 @@ from belt_tasks import encoder, registry, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.registry import Digest, Entry, Words
 from belt_tasks.specs import Head, Spec
+from belt_tasks.stored import read_json
 
 
 class ModelRecord(Spec):
@@ -123,7 +123,4 @@ def list_models(registry_uri: str) -> ModelList:
 
 
 def _read(uri: str) -> ModelRecord:
-    try:
-        return ModelRecord.model_validate_json(storage.read_bytes(uri))
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{uri}: not the record of a model that this belt reads: {error}") from error
+    return read_json(uri, ModelRecord, "the record of a model")

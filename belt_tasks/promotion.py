@@ -7,18 +7,19 @@ Everything here can be done again after a crash: what is there already is found.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import pydantic
+import polars as pl
 
-from belt_tasks import evaluation, gate, model_store, planning, registry, storage
+from belt_tasks import delta_tables, evaluation, gate, model_store, planning, registry, score_tables, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.gate import DecisionRecord, Scored
 from belt_tasks.publishing import Manifest
 from belt_tasks.registry import CHALLENGER, CHAMPION, Entry
 from belt_tasks.specs import CorpusSpec, GateSpec, ScoreSpec, Spec
+from belt_tasks.stored import read_json
 
-Outcome = Literal["promoted", "held", "rejected", "declined", "champion already"]
+Outcome = Literal["promoted", "held", "rejected", "declined", "taken back", "champion already"]
 
 
 class Scoring(Spec):
@@ -63,7 +64,9 @@ class Promotion(Spec):
     """That made the challenger the champion; None where it did not become it."""
 
 
-def plan_promotion(challenger_uri: str, registry_uri: str, corpus_uri: str, output_uri: str, who: str) -> PromotionPlan:
+def plan_promotion(
+    challenger_uri: str, registry_uri: str, corpus_uri: str, output_uri: str, rules: GateSpec, who: str
+) -> PromotionPlan:
     """Add a challenger to a registry, and find out whom it challenges.
 
     Args:
@@ -71,14 +74,16 @@ def plan_promotion(challenger_uri: str, registry_uri: str, corpus_uri: str, outp
         registry_uri: the registry; it is made where there is none.
         corpus_uri: the held-out documents.
         output_uri: where their scores go.
+        rules: when a challenger takes the champion's place.
         who: adds it.
 
     Raises:
-        ConfigError: there is no such checkpoint, or a place is wrong.
+        ConfigError: there is no such checkpoint, or a place or the metric is wrong.
     """
     registry_uri, output_uri = storage.absolute(registry_uri), storage.absolute(output_uri)
     planning.check_apart(corpus_uri, output_uri)
     model = model_store.add(registry_uri, challenger_uri, who=who)
+    gate.check_metric(rules, model.head)
     entry = registry.aliases(registry.history(registry_uri)).get(CHAMPION)
     plan = PromotionPlan(
         registry_uri=registry_uri,
@@ -133,9 +138,15 @@ def decide_promotion(
 def promote(plan: PromotionPlan, record: DecisionRecord, *, who: str, why: str) -> Promotion:
     """Make the challenger the champion, if the champion is still the one that it was measured against.
 
+    A decision that was carried out before and taken back by somebody stays so.
+
     Raises:
         ConflictError: somebody else is the champion by now; nothing was changed.
     """
+    entries = registry.history(plan.registry_uri)
+    done = registry.carried_out(entries, CHAMPION, record.id)
+    if done is not None and done != registry.aliases(entries)[CHAMPION]:
+        return _outcome(plan, "taken back", record, None)
     entry = registry.assign(
         plan.registry_uri,
         CHAMPION,
@@ -169,13 +180,13 @@ def read_decision(registry_uri: str, decision: str) -> DecisionRecord:
     """A decision that is kept in a registry.
 
     Raises:
-        ConfigError: it is not there, or not one that this belt reads.
+        ConfigError: it is not there, or not one that this belt reads, or not the one that its name says.
     """
     uri = registry.decision_uri(registry_uri, decision)
-    try:
-        return DecisionRecord.model_validate_json(storage.read_bytes(uri))
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{uri}: not a decision that this belt reads: {error}") from error
+    record = read_json(uri, DecisionRecord, "a decision")
+    if record.id != decision:
+        raise ConfigError(f"{uri}: holds another decision than its name says ({record.id}); it was changed")
+    return record
 
 
 def _outcome(plan: PromotionPlan, outcome: Outcome, record: DecisionRecord | None, entry: Entry | None) -> Promotion:
@@ -208,6 +219,21 @@ def _scored(scoring: Scoring, manifest: Manifest, corpus_uri: str, corpus: Corpu
         target=found.target,
         scores_DL=found.scores_DL,
         threshold=found.threshold,
-        encode_s=run["encode_s"] / run["num_documents"] if run["num_documents"] and run["encode_s"] else None,
+        encode_s=_encode_s(run),
         device=f"{run['device']}, {run['precision']}",
     )
+
+
+def _encode_s(run: dict[str, Any]) -> float | None:
+    """Seconds of the encoder for a document that it read, over all runs of an output by the same rules on one device.
+
+    The last of them may have been of a single document that changed, which says little.
+    """
+    table = score_tables.table_at(run["output_uri"], "runs")
+    rows = delta_tables.scan(table)
+    if rows is None:
+        return None
+    alike = rows.filter(pl.col(name) == run[name] for name in ("scoring_fingerprint", "device", "precision"))
+    sums = alike.select(pl.col("encode_s", "num_documents", "num_documents_reused").sum())
+    seconds, num_documents, num_reused = delta_tables.collect(sums, table).row(0)
+    return seconds / (num_documents - num_reused) if seconds and num_documents > num_reused else None

@@ -21,7 +21,6 @@ from typing import Any, Self
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pydantic
 
 import data_contracts
 from belt_tasks import milestones, sorted_files, storage
@@ -30,6 +29,7 @@ from belt_tasks.cost import peak_flops
 from belt_tasks.errors import ConfigError, ContractError
 from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
 from belt_tasks.specs import Spec
+from belt_tasks.stored import read_json
 
 SORTED_BY = {"predictions": ["doc_id"], "evidence": ["doc_id", "rank"]}
 """Tables whose objects are sorted, since a run's are merged into a published table."""
@@ -220,7 +220,7 @@ def finished_shard(run: RunRef, shard: ShardRef) -> ShardReceipt | None:
     uri = run.receipt_uri(shard.key)
     if not storage.exists(uri):
         return None
-    receipt = ShardReceipt.model_validate_json(storage.read_bytes(uri))
+    receipt = read_json(uri, ShardReceipt, "the receipt of a shard")
     if not all(storage.exists(storage.join(run.output_uri, file.path)) for file in receipt.files):
         return None
     return receipt.model_copy(update={"reused": True})
@@ -321,10 +321,7 @@ def read_manifest(output_uri: str) -> Manifest:
 
 
 def _read_manifest(uri: str) -> Manifest:
-    try:
-        return Manifest.model_validate_json(storage.read_bytes(uri))
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{uri}: not a manifest that this belt reads: {error}") from error
+    return read_json(uri, Manifest, "a manifest")
 
 
 def read_table(output_uri: str, table: str, *, columns: list[str] | None = None) -> pl.DataFrame:

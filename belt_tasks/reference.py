@@ -13,6 +13,7 @@ from belt_tasks import publishing, statistics, storage
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import ScoreSpec
 from belt_tasks.statistics import RunStatistics
+from belt_tasks.stored import read_json
 
 
 def uri_of(output_uri: str, scoring_fingerprint: str) -> str:
@@ -39,8 +40,8 @@ def reference_of(run: RunRef, manifest: Manifest, counted: RunStatistics) -> Run
         parts = [part for part in (statistics.of_run(*step) for step in steps) if part is not None]
         if len(parts) < len(steps):
             return None
-        storage.write_bytes(uri, reduce(add, [*parts, counted]).model_dump_json().encode())
-    return RunStatistics.model_validate_json(storage.read_bytes(uri))
+        storage.create_bytes(uri, reduce(add, [*parts, counted]).model_dump_json().encode())  # the first one stays
+    return read_json(uri, RunStatistics, "statistics")
 
 
 def whole_scoring(run: RunRef, manifest: Manifest) -> list[tuple[RunRef, Manifest]] | None:

@@ -21,6 +21,7 @@ from pydantic import AwareDatetime, Field
 from belt_tasks import storage
 from belt_tasks.errors import ConfigError, ConflictError
 from belt_tasks.specs import Spec
+from belt_tasks.stored import read_json
 from belt_tasks.threads import Threads
 
 NUM_THREADS = 8
@@ -51,7 +52,7 @@ class Entry(Spec):
     decision: Annotated[str, Field(pattern=f"^{DECISION}$")] | None = None
     """The decision that it carries out, if one."""
     writer: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern="^[0-9a-f]{32}$")
-    """Tells writers of the same words apart."""
+    """Random, so that two writers of otherwise equal entries are not taken for each other."""
 
 
 def checkpoint_uri(registry_uri: str, digest: str) -> str:
@@ -111,6 +112,11 @@ def aliases(entries: Sequence[Entry]) -> dict[str, Entry]:
     return {entry.alias: entry for entry in entries}
 
 
+def carried_out(entries: Sequence[Entry], alias: str, decision: str) -> Entry | None:
+    """The entry by which a decision moved an alias; None where it did not."""
+    return next((entry for entry in entries if entry.alias == alias and entry.decision == decision), None)
+
+
 def assign(
     registry_uri: str,
     alias: str,
@@ -123,7 +129,8 @@ def assign(
 ) -> Entry:
     """Move an alias to a checkpoint of the registry, if it is still where the caller found it.
 
-    Done again with the same decision, nothing happens; neither where the alias is there already and expected to be.
+    Nothing happens where this decision was carried out already, or where the alias is at `digest` and the caller
+    expects it there. A decision that was carried out and undone since is not carried out again: somebody had reasons.
 
     Args:
         registry_uri: the registry.
@@ -138,7 +145,7 @@ def assign(
         The entry that moved it.
 
     Raises:
-        ConflictError: the alias is elsewhere by now; nothing was changed.
+        ConflictError: the alias is elsewhere by now, or the decision was undone; nothing was changed.
         ConfigError: the checkpoint is not in the registry, or an argument is wrong.
     """
     _checked("alias", ALIAS, alias)
@@ -148,8 +155,11 @@ def assign(
         entries = history(registry_uri)
         last = aliases(entries).get(alias)
         now = None if last is None else last.to_digest
-        if last is not None and now == digest and (expected == digest or _carries_out(last, expected, decision)):
+        done = None if decision is None else carried_out(entries, alias, decision)
+        if last is not None and (done == last or now == digest == expected):
             return last
+        if done is not None:
+            raise ConflictError(_undone(registry_uri, done, last))
         if now != expected:
             raise ConflictError(_conflict(registry_uri, alias, last, expected))
         entry = _entry(
@@ -235,10 +245,7 @@ def _read(registry_uri: str, number: int) -> Entry:
     uri = _entry_uri(registry_uri, number)
     if not storage.exists(uri):
         raise ConfigError(f"{uri}: missing, though there are later entries; the history of this registry is damaged")
-    try:
-        return Entry.model_validate_json(storage.read_bytes(uri))
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{uri}: not an entry that this belt reads: {error}") from error
+    return read_json(uri, Entry, "an entry")
 
 
 def _check(registry_uri: str, entries: Sequence[Entry]) -> None:
@@ -251,9 +258,12 @@ def _check(registry_uri: str, entries: Sequence[Entry]) -> None:
         now[entry.alias] = entry.to_digest
 
 
-def _carries_out(entry: Entry, expected: str | None, decision: str | None) -> bool:
-    """Whether an earlier attempt wrote the entry."""
-    return decision is not None and entry.decision == decision and entry.from_digest == expected
+def _undone(registry_uri: str, done: Entry, last: Entry | None) -> str:
+    since = "" if last is None else f" (entry {last.number}, {last.who}: {last.why})"
+    return (
+        f"{registry_uri}: decision {done.decision} was carried out by entry {done.number}, and {done.alias} was moved "
+        f"since{since}; nothing was changed"
+    )
 
 
 def _conflict(registry_uri: str, alias: str, last: Entry | None, expected: str | None) -> str:

@@ -16,6 +16,7 @@ from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import DriftSpec, Spec
 from belt_tasks.statistics import RunStatistics
+from belt_tasks.stored import read_json
 
 
 class ScoreReport(Spec):
@@ -118,9 +119,13 @@ def report_again(output_uri: str, run_id: str | None = None) -> ScoreReport:
 
 
 def read_report(run: RunRef) -> ScoreReport | None:
-    """The receipt of a run's report; None where there is none."""
+    """The receipt of a run's report; None where there is none.
+
+    Raises:
+        ConfigError: it is none that this belt reads.
+    """
     uri = _receipt_uri(run)
-    return ScoreReport.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+    return read_json(uri, ScoreReport, "the receipt of a report") if storage.exists(uri) else None
 
 
 def _left_out(run: RunRef, manifest: Manifest) -> list[tuple[RunRef, Manifest]]:

@@ -5,9 +5,9 @@ what is hard for both cancels out. The interval holds the middle share of the ga
 Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; for comparing two systems on one test set: Koehn 2004,
 https://aclanthology.org/W04-3250).
 
-A draw is how often each document was drawn, so that a metric of many draws is a few products of matrices.
+A draw is kept as a count for each document, so that a metric of many draws is a few products of matrices.
 
-Shape letters: B draws, D documents, L labels, U different values.
+Shape letters: B draws, D documents, K statistics, L labels, U different values.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,8 @@ from belt_tasks.specs import Metric, TaskKind
 Floats = NDArray[np.float64]
 WeightedMetric = Callable[[Floats], Floats]
 """From how often each document was drawn [B, D] to the metric of each draw [B]; NaN where it has no definition."""
+WeightedMetrics = Callable[[Floats], Floats]
+"""The same of K metrics at once: [B, K]."""
 
 BLOCK = 4_000_000  # numbers at once: some 32 MB an array
 LOWER_IS_BETTER = {"log_loss", "mse", "mae"}
@@ -57,21 +59,42 @@ def gain_interval(
     Raises:
         ConfigError: the metric has no definition on any draw.
     """
-    random, gains = np.random.default_rng(seed), []
+    (lower,), (upper,) = intervals(
+        lambda weights_BD: (sign * (challenger(weights_BD) - champion(weights_BD)))[:, None],
+        num_documents=num_documents,
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+    if np.isnan(lower):
+        raise ConfigError(f"a metric has no definition on any of {num_resamples} draws of {num_documents} documents")
+    return float(lower), float(upper)
+
+
+def intervals(
+    metrics: WeightedMetrics, *, num_documents: int, confidence: float, num_resamples: int, seed: int
+) -> tuple[Floats, Floats]:
+    """The ends [K] of the intervals of K metrics on the same draws; NaN of one that has no definition on any of them.
+
+    Args:
+        metrics: of a draw.
+        num_documents: D, 1 or more.
+        confidence: share of the draws between the ends.
+        num_resamples: how many draws.
+        seed: of the draws.
+    """
+    random, found = np.random.default_rng(seed), []
     block = max(1, BLOCK // num_documents)
     for first in range(0, num_resamples, block):
         size = min(block, num_resamples - first)
         drawn_BD = random.integers(0, num_documents, (size, num_documents))
         drawn_BD += np.arange(size)[:, None] * num_documents
         weights_BD = np.bincount(drawn_BD.ravel(), minlength=size * num_documents).reshape(size, num_documents)
-        weights = weights_BD.astype(np.float64)
-        gains.append(sign * (challenger(weights) - champion(weights)))
-    gain = np.concatenate(gains)
-    gain = gain[np.isfinite(gain)]
-    if len(gain) == 0:
-        raise ConfigError(f"a metric has no definition on any of {num_resamples} draws of {num_documents} documents")
-    lower, upper = np.quantile(gain, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(lower), float(upper)
+        found.append(metrics(weights_BD.astype(np.float64)))
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    defined = [of_one[np.isfinite(of_one)] for of_one in np.concatenate(found).T]
+    ends_K2 = np.array([np.quantile(of_one, ends) if len(of_one) else (np.nan, np.nan) for of_one in defined])
+    return ends_K2[:, 0], ends_K2[:, 1]
 
 
 def weighted_metric(
@@ -106,6 +129,15 @@ def weighted_metric(
             ranked = [1] if task != "multilabel" and scores_DL.shape[1] == 2 else range(scores_DL.shape[1])  # noqa: PLR2004 - two classes: the positive one
             of_labels = [_auc(true_DL[:, i], scores_DL[:, i]) for i in ranked]
             return lambda weights_BD: _mean_defined(np.stack([of_label(weights_BD) for of_label in of_labels], axis=1))
+
+
+def weighted_recalls(
+    task: TaskKind, target: NDArray[np.generic], scores_DL: Floats, threshold: float
+) -> WeightedMetrics:
+    """The recall of each label, K being L; parameters are those of `weighted_metric`, and the task has labels."""
+    true_DL, predicted_DL = _decisions(task, target, scores_DL, threshold)
+    hits_DL, weight_DL = (true_DL & predicted_DL).astype(np.float64), true_DL.astype(np.float64)
+    return lambda weights_BD: _divided(weights_BD @ hits_DL, weights_BD @ weight_DL)
 
 
 def _decisions(

@@ -35,6 +35,7 @@ from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt
 from belt_tasks.score_tables import Shown
 from belt_tasks.specs import CorpusSpec, ScoreSpec, Spec
 from belt_tasks.storage import StoredFile
+from belt_tasks.stored import read_json
 from belt_tasks.threads import Threads
 
 PLAN_KEY = "plan"  # in the place of a shard's key
@@ -167,7 +168,7 @@ def _plan_changes(asked: Question, run: RunRef, shown: Shown | None, known: list
 
 def read_plan(run: RunRef) -> ScorePlan | None:
     """What an earlier attempt at this run planned."""
-    return ScorePlan.model_validate_json(storage.read_bytes(run.plan_uri)) if storage.exists(run.plan_uri) else None
+    return read_json(run.plan_uri, ScorePlan, "a plan") if storage.exists(run.plan_uri) else None
 
 
 def _present(asked: Question, base_version: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from belt_tasks import storage
 from belt_tasks.histograms import Histogram
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import Spec
+from belt_tasks.stored import read_json
 from belt_tasks.threads import Threads
 
 SAMPLE_SIZE = 5_000
@@ -169,7 +170,7 @@ def of_run(run: RunRef, manifest: Manifest) -> RunStatistics | None:
     """
     uri = uri_of(run)
     if storage.exists(uri):
-        return RunStatistics.model_validate_json(storage.read_bytes(uri))
+        return read_json(uri, RunStatistics, "statistics")
     uris = manifest.uris(run.output_uri, "predictions")
     if not all(map(storage.exists, uris)):
         return None

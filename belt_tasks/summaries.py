@@ -250,7 +250,7 @@ def decision_summary(record: DecisionRecord) -> str:
                 f"{value:,.0f}" if check.name == "documents" else _number(value)
                 for value in (check.number, check.limit)
             ),
-            marks[check.passed],
+            "not passed, may be chance" if check.may_be_chance else marks[check.passed],
         ]
         for check in record.checks
     ]
@@ -280,6 +280,8 @@ def promotion_summary(promotion: Promotion) -> str:
         "held": "stays the challenger: not every check passed",
         "rejected": "is rejected; the champion stays",
         "declined": "was declined; the champion stays",
+        "taken back": "was made the champion by this very decision before, and somebody took it back: that stays so. "
+        "`belt models assign` makes it the champion all the same",
         "champion already": "is the champion already, so nothing was measured",
     }
     entry = promotion.entry

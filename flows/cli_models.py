@@ -36,6 +36,22 @@ def roll_back_model(
         show(summaries.alias_summary(models_of.roll_back(registry, alias, who=name_of(who), why=why)))
 
 
+@app.command("assign")
+def assign_model(
+    registry: Annotated[str, typer.Argument(help="Registry of `belt promote`; any fsspec URL.")],
+    digest: Annotated[str, typer.Argument(help="Of a checkpoint that `belt models` lists, in full.")],
+    why: Annotated[str, typer.Option(help="Stands in the history.", metavar="<str>")],
+    alias: Annotated[str, typer.Option(help="What to move.", metavar="<str>")] = "champion",
+    who: Who = None,
+) -> None:
+    """Move the champion, or another alias, to a checkpoint of REGISTRY, whatever the gate said of it."""
+    with user_errors():
+        from belt_tasks import registry as models_of  # noqa: PLC0415 - takes a moment
+        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+
+        show(summaries.alias_summary(models_of.put_alias(registry, alias, digest, who=name_of(who), why=why)))
+
+
 def name_of(given: str | None) -> str:
     """Whom the history of a registry names."""
     if given is not None:

@@ -46,7 +46,7 @@ def promote(
     with attempt(storage_block, time_limit_s):
         if approval == "person":
             approvals.check_can_wait()
-        plan = tasks.plan_promotion(challenger_uri, registry_uri, corpus_uri, output_uri, who)
+        plan = tasks.plan_promotion(challenger_uri, registry_uri, corpus_uri, output_uri, gate, who)
         if plan.is_done:
             return tasks.find_promotion(plan)
         manifests = [

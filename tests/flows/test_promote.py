@@ -1,6 +1,7 @@
 """Promotion as a deployment runs it: real Prefect, two tiny checkpoints, one of them better, held-out documents."""
 
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,6 +110,42 @@ def test_what_is_not_better_is_held_and_what_is_worse_rejected(run, models, mode
     assert registry.find(poor, "champion").to_digest == digest(models["poor"])
 
 
+def test_what_a_person_took_back_stays_so_until_there_is_another_decision(run, models, models_uri):
+    run("poor")
+    first = run("good")
+    registry.roll_back(models_uri, "champion", who="bob", why="too slow")
+
+    again = run("good")
+
+    assert (again.outcome, again.entry, again.decision) == ("taken back", None, first.decision)
+    assert registry.find(models_uri, "champion").to_digest == digest(models["poor"])
+    other = run("good", gate=GATE.model_copy(update={"resampling_seed": 1}))
+    assert other.outcome == "promoted"
+
+
+def test_the_speed_of_a_model_is_that_of_all_documents_that_it_read(held_out, models, tmp_path):
+    registry_uri, corpus = str(tmp_path / "registry"), tmp_path / "held-out"
+    shutil.copytree(held_out, corpus)
+    gate = GATE.model_copy(update={"max_slowdown": 1000.0})
+
+    def measured(name):
+        arguments = (registry_uri, str(corpus), str(tmp_path / "out"), CorpusSpec(), SPEC, gate)
+        return promote(models[name], *arguments).record
+
+    measured("good")
+    (file, *_) = sorted(corpus.glob("*.parquet"))
+    rows = pl.read_parquet(file)
+    rows.with_columns(text=pl.when(pl.int_range(pl.len()) == 0).then(pl.lit("a fox")).otherwise("text")).write_parquet(
+        file
+    )
+    measured("poor")  # of the champion one document is scored, of the challenger all
+
+    runs = score_tables.read_table(f"{tmp_path}/out/scores/{digest(models['good'])}", "runs").sort("started_at")
+    assert runs["num_documents"].to_list() == [60, 1]
+    scored = [promotion._encode_s(run) for run in runs.to_dicts()]
+    assert scored == pytest.approx([runs["encode_s"].sum() / 61] * 2)
+
+
 def test_finished_work_is_found_again(run, held_out, models, models_uri, tmp_path, monkeypatch):
     run("poor")
     with monkeypatch.context() as patch:  # killed before the champion moves
@@ -161,7 +198,7 @@ def test_of_two_promotions_at_once_one_wins(models, models_uri, held_out, tmp_pa
     """Both were measured against the same champion."""
     plans, corpus = [], CorpusSpec()
     for name in ("good", "other"):
-        plan = promotion.plan_promotion(models[name], models_uri, held_out, str(tmp_path / "out"), "x")
+        plan = promotion.plan_promotion(models[name], models_uri, held_out, str(tmp_path / "out"), GATE, "x")
         manifests = [
             tasks.score_corpus.score_corpus(held_out, each.checkpoint_uri, each.output_uri, corpus, SPEC)
             for each in plan.scorings
@@ -188,7 +225,7 @@ def test_a_corpus_that_changed_between_the_scorings_is_no_comparison(models, mod
     rows = labelled_rows(50, seed=3, most_words=20)
     corpus_uri = write_files(tmp_path / "corpus", rows, num_files=1)
     promote(models["poor"], models_uri, corpus_uri, str(tmp_path / "out"), CorpusSpec(), SPEC, GATE)
-    plan = promotion.plan_promotion(models["good"], models_uri, corpus_uri, str(tmp_path / "out"), "x")
+    plan = promotion.plan_promotion(models["good"], models_uri, corpus_uri, str(tmp_path / "out"), GATE, "x")
     manifests = []
     for each in plan.scorings:
         manifests.append(tasks.score_corpus.score_corpus(corpus_uri, each.checkpoint_uri, each.output_uri, spec=SPEC))
@@ -293,5 +330,9 @@ def test_the_command_line_promotes_lists_and_goes_back(models, held_out, models_
         0, f"champion is {poor} instead of {good} (entry 5, bob: slow).\n\n", ""
     )  # fmt: skip
     assert registry.find(models_uri, "champion").to_digest == poor
+    assert belt("models", "assign", models_uri, good, "--why", "fast enough", "--who", "bob") == (
+        0, f"champion is {good} instead of {poor} (entry 6, bob: fast enough).\n\n", ""
+    )  # fmt: skip
+    assert belt("models", "assign", models_uri, "f" * 64, "--why", "x")[0] == 1
     tables = score_tables.read_table(str(tmp_path / "night"), "predictions")
     assert tables["checkpoint_digest"].unique().to_list() == [good]

@@ -86,8 +86,33 @@ def test_what_is_better_on_many_documents_is_promoted_and_the_other_way_round_re
     assert record.why.endswith("every check passed")
 
 
+def drawn_recalls(it: Scored, label: int, gate: GateSpec) -> np.ndarray:
+    """Recall of a label in every draw, by a slow loop; NaN where no document of it was drawn."""
+    num_documents = len(it.doc_ids)
+    true = it.target[:, label] if it.head.task == "multilabel" else it.target == label
+    said = it.scores_DL[:, label] >= 0.5 if it.head.task == "multilabel" else it.scores_DL.argmax(axis=1) == label
+    draws = np.random.default_rng(gate.resampling_seed).integers(0, num_documents, (gate.num_resamples, num_documents))
+    return np.array([said[draw][true[draw]].mean() if true[draw].any() else np.nan for draw in draws])
+
+
+def broken_recalls(champion: Scored | None, challenger: Scored, gate: GateSpec, one, two) -> list[bool]:
+    """Of every recall below its floor, whether that is beyond chance."""
+    found = []
+    for label, row in enumerate(two.get("per_class", [])):
+        floors = [] if gate.min_recall is None else [(gate.min_recall, None)]
+        if one is not None and gate.max_recall_drop is not None:
+            kept = 1 - gate.max_recall_drop
+            floors.append((kept * one["per_class"][label]["recall"], kept))
+        for limit, kept in floors:
+            if row["recall"] < limit - 1e-9:
+                least = limit if kept is None else kept * drawn_recalls(champion, label, gate)
+                excess = drawn_recalls(challenger, label, gate) - least
+                found.append(bool(np.nanquantile(excess, 0.975) < -1e-9))
+    return found
+
+
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_the_rule(data):
     """An oracle: the decision from the numbers of the record alone."""
     task = data.draw(st.sampled_from(sorted(HEADS)))
@@ -116,24 +141,45 @@ def test_the_rule(data):
         None if it is None else metrics.task_metrics(task, it.target, it.scores_DL, it.head.labels)
         for it in (champion, challenger)
     )
-    broken, unknown = False, False
-    for i, row in enumerate(two.get("per_class", [])):
-        broken |= gate.min_recall is not None and row["recall"] < gate.min_recall
-        if one is not None and gate.max_recall_drop is not None:
-            broken |= row["recall"] < one["per_class"][i]["recall"] * (1 - gate.max_recall_drop) - 1e-9
+    recalls = broken_recalls(champion, challenger, gate, one, two)
+    broken, unknown = any(recalls), bool(recalls)
     if task != "regression":
         broken |= gate.max_ece is not None and two["ece"] > gate.max_ece
         if one is not None and gate.max_ece_increase is not None:
             broken |= two["ece"] > one["ece"] + gate.max_ece_increase + 1e-9
     if one is not None and gate.max_slowdown is not None:
-        unknown = None in speeds
-        broken |= not unknown and speeds[1] / speeds[0] > 1.5
+        unknown |= None in speeds
+        broken |= None not in speeds and speeds[1] / speeds[0] > 1.5
     if broken or (one is not None and record.gain_upper < 0):
         assert record.decision == "reject"
     elif unknown or gate.min_documents > 60 or (one is not None and record.gain_lower <= gate.min_gain):
         assert record.decision == "hold"
     else:
         assert record.decision == "promote"
+
+
+def test_a_recall_of_few_documents_that_is_too_low_may_be_chance():
+    target = np.array([0] * 100 + [1] * 4)
+    champion = replace(scored("binary", num_documents=104), target=target, scores_DL=np.eye(2)[target])
+    wrong = target.copy()
+    wrong[-1] = 0  # one of four
+    challenger = replace(champion, scores_DL=np.eye(2)[wrong])
+
+    for gate, name in ((GateSpec(), "recall against the champion's"), (GateSpec(min_recall=0.8), "recall")):
+        record = decide(champion, challenger, gate)
+        floor = check(record, name, "yes")
+        assert (floor.number, floor.passed, floor.may_be_chance) == (0.75, False, True)
+        assert record.decision == "hold"
+        assert f"{name} of yes (may be chance)" in record.why
+    wrong[-4:] = 0  # all of them
+    record = decide(champion, replace(challenger, scores_DL=np.eye(2)[wrong]), GateSpec(min_recall=0.8))
+    assert not check(record, "recall against the champion's", "yes").may_be_chance
+    assert record.decision == "reject"
+
+
+def test_the_metric_is_checked_where_there_is_no_champion_too():
+    with pytest.raises(ConfigError, match=r"metric of a binary task must be one of .*, got 'spearman'"):
+        decide(None, scored("binary"), GateSpec(metric="spearman"))
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])

@@ -102,6 +102,20 @@ def test_the_same_decision_is_carried_out_once(models):
         assign(models, A, None, decision="0" * 16)
 
 
+def test_a_decision_that_was_undone_is_not_carried_out_again(models):
+    assign(models, A, None)
+    assign(models, B, A, decision="0" * 16)
+    registry.roll_back(models, "champion", who="bob", why="it is slow")
+
+    words = (
+        r"decision 0{16} was carried out by entry 2, and champion was moved since \(entry 3, bob: it is slow\)"
+    )
+    with pytest.raises(ConflictError, match=words):
+        assign(models, B, A, decision="0" * 16)
+    assert registry.find(models, "champion").to_digest == A
+    assert assign(models, B, A, decision="1" * 16).to_digest == B
+
+
 def test_a_rollback_is_one_entry_and_two_undo_each_other(shared):
     for digest, expected in ((A, None), (B, A), (C, B)):
         assign(shared, digest, expected)

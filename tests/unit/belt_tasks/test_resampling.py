@@ -122,6 +122,22 @@ def test_the_seed_decides_and_nothing_else_does(monkeypatch):
     assert interval("binary", "log_loss", target, one, other) == pytest.approx(first)
 
 
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+@settings(max_examples=25)
+@given(num_documents=st.integers(1, 25), seed=st.integers(0, 10**6))
+def test_a_draws_recalls_are_those_of_the_documents_drawn(task, num_documents, seed):
+    target, scores, labels = scored(task, num_documents, seed)
+    drawn = np.random.default_rng(seed).integers(0, num_documents, (4, num_documents))
+    weights = np.array([np.bincount(draw, minlength=num_documents) for draw in drawn], dtype=float)
+
+    found_BL = resampling.weighted_recalls(task, target, scores, 0.5)(weights)
+
+    for found_L, draw in zip(found_BL, drawn, strict=True):
+        rows = metrics.task_metrics(task, target[draw], scores[draw], labels)["per_class"]
+        expected = [np.nan if row["recall"] is None else row["recall"] for row in rows]
+        assert found_L.tolist() == pytest.approx(expected, nan_ok=True)
+
+
 def test_draws_without_a_definition_are_left_out():
     target = np.array([1, 0, 0, 0])
     worst, best = np.array([[0.1, 0.9], [0, 1], [0, 1], [0, 1]]), np.array([[0, 1], [1, 0], [1, 0], [1, 0.0]])
