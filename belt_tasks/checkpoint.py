@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 CARD_NAME = "belt.json"
 HEAD_NAME = "head.safetensors"
+NEVER_READ = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".npz"}
+"""Pickles, states of optimizers and weights for other libraries, which often lie beside the safetensors."""
 NUM_KEPT = 2
 
 
@@ -255,7 +257,11 @@ def checkpoint_digest(uri: str) -> str:
 
 def file_names(folder: Path) -> list[str]:
     """The files that a checkpoint consists of; others that lie around belong to nobody."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.suffix not in NEVER_READ
+    )
 
 
 def _digest_with(card: CheckpointCard | None, folder: Path) -> str:

@@ -6,8 +6,8 @@
 - Inventories of files that no remaining run knows.
 - Files of the tables that no version refers to; older versions can be gone back to for 30 days.
 
-Nothing is touched that changed after the limit, so that a run under way is safe however slow it is, as long as it
-finishes a shard within the limit.
+Nothing is touched that changed after the limit, so that a run under way is safe however slow it is, as long as it was
+taken up, or finished a shard, within the limit.
 """
 
 from collections.abc import Iterable

@@ -8,7 +8,6 @@ secret: credentials of a URL are left out, and of configuration only names are t
 import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from belt_tasks import logs, object_stores, storage, telemetry
-from belt_tasks.errors import BeltError, ConfigError
+from belt_tasks.errors import BeltError, ConfigError, without_credentials
 from belt_tasks.specs import Spec
 
 Status = Literal["ok", "warning", "problem"]
@@ -309,15 +308,10 @@ def check_output(uri: str) -> Finding:
     return Finding(check="output", status="ok", found=f"{uri}: {CAN_COMMIT}")
 
 
-def without_credentials(text: str) -> str:
-    """A message in one line, with neither user and password nor query in its URLs."""
-    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1", " ".join(text.split()))
-    return re.sub(r"(\w+://[^?\s]+)\?\S*", r"\1", text)
-
-
 def _carried_out(name: str, check: Callable[[], Finding]) -> Finding:
     try:
-        return check()
+        found = check()
+        return found.model_copy(update={"found": without_credentials(found.found)})
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what was found
         return _problem(name, error)
 

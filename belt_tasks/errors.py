@@ -12,6 +12,18 @@
 A message says what, got, allowed and where. `assert` is kept for belt's own bugs.
 """
 
+import re
+
+
+def without_credentials(text: str) -> str:
+    """A message in one line, with neither user and password nor query in its URLs.
+
+    A password that is not percent-encoded may hold what should end it (`@`, `/`, `?`): all up to the last `@` goes.
+    """
+    text = re.sub(r"(\w+://)[^:/@\s]*:\S*@", r"\1", " ".join(text.split()))
+    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1", text)  # a user alone, or a token
+    return re.sub(r"(\w+://[^?\s]+)\?\S*", r"\1", text)
+
 
 class BeltError(Exception):
     """Root of every error that belt raises on purpose."""

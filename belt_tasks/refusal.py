@@ -27,7 +27,7 @@ def check_rejected_share(run: RunRef, receipts: Sequence[ShardReceipt], *, num_r
         return
     files = [file for receipt in receipts for file in receipt.files]
     contents = report_contents.of_quality(
-        run={"run_id": run.run_id, "belt_version": version("belt"), "finished_at": datetime.now(UTC).isoformat()},
+        run=run.model_dump() | {"belt_version": version("belt"), "finished_at": datetime.now(UTC).isoformat()},
         rejected=examples.rejected_rows(run.output_uri, files),
         refusal=words,
     )

@@ -1,4 +1,4 @@
-"""The registry of models: which checkpoint is the champion, who made it so, and why. A folder in any store, no server.
+"""The registry of models: which checkpoint is the champion, who made it so, and why. A folder, and no server.
 
     REGISTRY/checkpoints/DIGEST/...    copies of checkpoints, never changed; see `model_store`
     REGISTRY/models/DIGEST.json        written when a copy was checked: the checkpoint is in the registry

@@ -1,8 +1,8 @@
 """A process that does a flow's stages elsewhere: what it needs to be told, and what it has to tell.
 
 Nothing here knows who started the process or how calls reach it. Whoever did calls `start` once, then `call` for one
-stage after the other, and meanwhile `report` now and then: what the stages say of their progress, and what they log, is
-kept until it is asked for.
+stage after the other, and meanwhile `report` now and then: what the stages say of their progress, log, and would tell
+meters is kept until it is asked for.
 """
 
 import copy
@@ -19,7 +19,7 @@ from logging.handlers import QueueHandler
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from belt_tasks import progress
+from belt_tasks import progress, telemetry
 from belt_tasks.errors import BeltError
 
 ItemT = TypeVar("ItemT")
@@ -36,6 +36,8 @@ class Report:
     """By stage: how many units more are done, and how many more were found to do."""
     said: tuple[str, ...]
     logged: tuple[logging.LogRecord, ...]
+    metered: tuple[telemetry.Call, ...]
+    """For the meters of the flow's process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class RemoteWorker:
         self._lock = threading.Lock()
         self._said: SimpleQueue[str] = SimpleQueue()
         self._logged: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        self._metered: SimpleQueue[telemetry.Call] = SimpleQueue()
         self._listening = ExitStack()
 
     def start(self, storage_options: Mapping[str, Mapping[str, str]], log_level: int) -> tuple[str, int]:
@@ -82,6 +85,7 @@ class RemoteWorker:
         logging.getLogger().addHandler(QueueHandler(self._logged))
         logging.getLogger("belt_tasks").setLevel(log_level)
         self._listening.enter_context(progress.listen(self._advance, self._said.put))
+        self._listening.enter_context(telemetry.relayed(self._metered.put))
         return version("belt"), os.getpid()
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the stage returns
@@ -102,6 +106,7 @@ class RemoteWorker:
             advanced=tuple((stage, *numbers) for stage, numbers in advanced.items()),
             said=tuple(_emptied(self._said)),
             logged=tuple(_emptied(self._logged)),
+            metered=tuple(_emptied(self._metered)),
         )
 
     def stop(self) -> None:

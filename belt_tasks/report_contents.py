@@ -79,7 +79,7 @@ def of_quality(run: dict[str, Any], rejected: RejectedRows, refusal: str | None 
     """What the page of rejected rows shows.
 
     Args:
-        run: run_id, belt_version and finished_at at least.
+        run: run_id, output_uri, belt_version and finished_at at least.
         rejected: of `examples.rejected_rows`.
         refusal: why the run published nothing; None where it did.
     """

@@ -134,6 +134,8 @@ def plan_scoring(
     if plan is None:
         plan = _plan_changes(asked, run, shown, known)
         telemetry.rows_rejected(Counts() if plan.receipt is None else plan.receipt.counts)
+    else:  # written again, since what has been left for long is cleaned up
+        _write_plan(plan)
     found = {"run": run, "manifest": publishing.find_complete(run)}
     plan = plan.model_copy(update=_present(asked, base_version) | found)
     if plan.manifest is None:
@@ -162,8 +164,12 @@ def _plan_changes(asked: Question, run: RunRef, shown: Shown | None, known: list
         num_rows_to_score=sum(len(rows) for rows in found.changes.rows_to_score.values()),
         **_present(asked, None),
     )
-    storage.write_bytes(run.plan_uri, plan.model_dump_json(indent=1).encode())
+    _write_plan(plan)
     return plan
+
+
+def _write_plan(plan: ScorePlan) -> None:
+    storage.write_bytes(plan.run.plan_uri, plan.model_dump_json(indent=1).encode())
 
 
 def read_plan(run: RunRef) -> ScorePlan | None:

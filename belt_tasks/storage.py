@@ -160,6 +160,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
         earlier put may have been lost. Whoever has to tell writers apart says in the bytes who writes.
 
     Raises:
+        ConfigError: the store does not promise that one succeeds; local disks and belt's object stores do.
         TransientError: the store did not answer, and the object is not there; it may appear later.
     """
     try:
@@ -449,6 +450,12 @@ def _as_given(file: StoredFile, filesystem: fsspec.AbstractFileSystem) -> Stored
 
 
 def _create_remote(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:
+    if not isinstance(filesystem, ObjectFileSystem):  # fsspec's own looks first and then writes
+        families = ", ".join(sorted(set(object_stores.FAMILIES.values())))
+        raise ConfigError(
+            f"{filesystem.unstrip_protocol(path)}: where two may write at once, one has to win: choose a local path or "
+            f"one of {families}"
+        )
     try:
         filesystem.pipe_file(path, data, mode="create")
     except FileExistsError:

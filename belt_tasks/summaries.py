@@ -1,12 +1,13 @@
 """Summaries: what a run did, as Markdown for people. The same text is a Prefect artifact and the CLI's last words."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-from belt_tasks import storage
+from belt_tasks import pages, storage
 from belt_tasks.clean import Cleaned
 from belt_tasks.demo import ReadBack
 from belt_tasks.errors import RejectedError
@@ -23,6 +24,7 @@ from belt_tasks.report import ScoreReport
 from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
 
+MOST_CHARACTERS = 80  # of a label
 STAGES = ("read", "tokenize", "encode", "write")
 SHOWN_METRICS = {
     "accuracy": "accuracy",
@@ -155,7 +157,7 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
         best = " (kept)" if epoch.number == receipt.best_epoch else ""
         rows.append([f"{epoch.number}{best}", _number(epoch.training_loss), *shown])
     rate = receipt.num_tokens_encoded * len(receipt.epochs) / receipt.training_s
-    labels = ", ".join(receipt.labels[:10]) + (", ..." if len(receipt.labels) > 10 else "")  # noqa: PLR2004 - enough
+    labels = ", ".join(map(_label, receipt.labels[:10])) + (", ..." if len(receipt.labels) > 10 else "")  # noqa: PLR2004 - enough
     return "\n".join(
         [
             f"## fine-tuning: {receipt.task} ({labels})",
@@ -245,7 +247,7 @@ def decision_summary(record: DecisionRecord) -> str:
     marks = {True: "passed", False: "**not passed**", None: "could not be measured"}
     checks = [
         [
-            check.name + (f" of {check.label}" if check.label else ""),
+            check.name + (f" of {_label(check.label)}" if check.label else ""),
             *(
                 f"{value:,.0f}" if check.name == "documents" else _number(value)
                 for value in (check.number, check.limit)
@@ -257,7 +259,7 @@ def decision_summary(record: DecisionRecord) -> str:
     lines = [
         f"## {record.decision}: {record.num_documents:,} held-out documents",
         "",
-        f"{record.why[0].upper()}{record.why[1:]}.",
+        _said(f"{record.why[0].upper()}{record.why[1:]}."),
         "",
         *_table(["metric", "champion", "challenger"], numbers),
         "",
@@ -269,7 +271,7 @@ def decision_summary(record: DecisionRecord) -> str:
         f"- decision: `{record.id}`",
     ]
     if record.labels_without_documents:
-        lines.append(f"- labels without held-out documents: {', '.join(record.labels_without_documents)}")
+        lines.append(f"- labels without held-out documents: {', '.join(map(_label, record.labels_without_documents))}")
     return "\n".join(lines) + "\n"
 
 
@@ -302,8 +304,8 @@ def models_summary(listed: ModelList) -> str:
             f"{model.head.task} ({len(model.head.labels)})",
             _number(model.metrics.get(_main_metric(model.head.task))),
             f"{model.at:%Y-%m-%d %H:%M}",
-            model.who,
-            model.source_uri,
+            _said(model.who),
+            _said(model.source_uri),
         ]
         for model in listed.models
     ]
@@ -314,8 +316,8 @@ def models_summary(listed: ModelList) -> str:
             "" if entry.from_digest is None else entry.from_digest[:12],
             entry.to_digest[:12],
             f"{entry.at:%Y-%m-%d %H:%M}",
-            entry.who,
-            entry.why,
+            _said(entry.who),
+            _said(entry.why),
             entry.decision or "",
         ]
         for entry in listed.history
@@ -333,7 +335,7 @@ def alias_summary(entry: Entry) -> str:
 
 def _moved(entry: Entry) -> str:
     before = "" if entry.from_digest is None else f" instead of {entry.from_digest}"
-    return f"{entry.alias} is {entry.to_digest}{before} (entry {entry.number}, {entry.who}: {entry.why})"
+    return f"{entry.alias} is {entry.to_digest}{before} (entry {entry.number}, {_said(entry.who)}: {_said(entry.why)})"
 
 
 def demo_summary(
@@ -376,7 +378,7 @@ def demo_summary(
             "",
             *_table(
                 ["label", "documents", "mean score"],
-                [[label, _count(count), f"{mean:.3f}"] for label, count, mean in read_back.labels],
+                [[_label(label), _count(count), f"{mean:.3f}"] for label, count, mean in read_back.labels],
             ),
             "",
             "The longest documents, as polars reads them; BERT alone would see the first 510 tokens:",
@@ -384,7 +386,7 @@ def demo_summary(
             *_table(
                 ["doc_id", "label", "score", "tokens", "chunks"],
                 [
-                    [doc_id, label, f"{score:.3f}", _count(num_tokens), _count(num_chunks)]
+                    [_label(doc_id), _label(label), f"{score:.3f}", _count(num_tokens), _count(num_chunks)]
                     for doc_id, label, score, num_tokens, num_chunks in read_back.longest
                 ],
             ),
@@ -416,6 +418,15 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table; `|` in a cell is escaped, and a line break becomes a space."""
     shown = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *shown]]
+
+
+def _said(words: str) -> str:
+    """What others wrote, such as labels, in one line of Markdown that is neither markup nor a tag."""
+    return re.sub(r"([\\`<\[\]])", r"\\\1", " ".join(pages.spelt_out(words).split()))
+
+
+def _label(label: str) -> str:
+    return _said(pages.short(label, MOST_CHARACTERS))
 
 
 def _rejected(count: int, by_reason: dict[str, int]) -> str:

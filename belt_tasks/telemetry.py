@@ -10,14 +10,15 @@ nothing happens. A meter that cannot be told is a warning: no run fails for it.
 
 import atexit
 import functools
+import http.client
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 import pydantic
 from pydantic import Field
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 Outcome = Literal["finished", "reused", "failed"]
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""Name and arguments of a function of this module."""
+P = ParamSpec("P")
 
 JOB = "belt"
 PREFIX = "BELT_METRICS_"
@@ -76,7 +80,8 @@ def read_settings() -> TelemetrySettings:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"]).upper()
-        raise ConfigError(f"{PREFIX}{name}: {first['msg']}, got {first['input']!r}") from error
+        got = "" if name == "PUSHGATEWAY" else f", got {first['input']!r}"  # which may hold a password
+        raise ConfigError(f"{PREFIX}{name}: {first['msg']}{got}") from None
 
 
 def start() -> None:
@@ -88,6 +93,37 @@ def start() -> None:
     _meters()
 
 
+_sinks: list[Callable[[Call], None]] = []
+
+
+@contextmanager
+def relayed(sink: Callable[[Call], None]) -> Iterator[None]:
+    """Within the block this process has no meters: what they would be told goes to `sink`, for `tell` elsewhere."""
+    _sinks.append(sink)
+    try:
+        yield
+    finally:
+        _sinks.remove(sink)
+
+
+def tell(call: Call) -> None:
+    """Tell this process's meters what another process relayed."""
+    name, arguments, named = call
+    RELAYED[name](*arguments, **named)
+
+
+def _to_meters(function: Callable[P, None]) -> Callable[P, None]:
+    @functools.wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> None:
+        if _sinks:
+            _sinks[-1]((function.__name__, args, kwargs))
+        else:
+            function(*args, **kwargs)
+
+    return told
+
+
+@_to_meters
 def shard_ended(stage: str, outcome: Outcome, counts: Counts | None = None, *, seconds: float | None = None) -> None:
     """A shard is done with.
 
@@ -111,6 +147,7 @@ def shard_ended(stage: str, outcome: Outcome, counts: Counts | None = None, *, s
     meters.write()
 
 
+@_to_meters
 def rows_rejected(counts: Counts) -> None:
     """Rows were put aside before there were shards."""
     meters = _meters()
@@ -118,6 +155,7 @@ def rows_rejected(counts: Counts) -> None:
         meters.count_rejected(counts)
 
 
+@_to_meters
 def tried_again() -> None:
     """Something is tried again."""
     meters = _meters()
@@ -125,6 +163,7 @@ def tried_again() -> None:
         meters.retries.inc()
 
 
+@_to_meters
 def published(output_uri: str, at: datetime) -> None:
     """Readers of an output saw its newest run at that time."""
     meters = _meters()
@@ -132,6 +171,9 @@ def published(output_uri: str, at: datetime) -> None:
         meters.last_published.labels(output_uri).set(at.timestamp())
         meters.write()
         meters.push()
+
+
+RELAYED = {function.__name__: function for function in (shard_ended, rows_rejected, tried_again, published)}
 
 
 class Meters:
@@ -210,7 +252,7 @@ def _no_run_fails(action: str) -> Iterator[None]:
     """What goes wrong in the block is a warning; addresses, which may hold a password, are not in it."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         log.warning("metrics: cannot %s: %s", action, getattr(error, "strerror", None) or type(error).__name__)
 
 

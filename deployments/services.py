@@ -10,6 +10,7 @@ All listen on the loopback address alone. A service starts when those that it ne
 started again, in any order.
 """
 
+import http.client
 import importlib.util
 import json
 import os
@@ -347,7 +348,7 @@ def _answers(url: str) -> bool:
             return True
     except urllib.error.HTTPError as error:  # S3 asks who we are
         return error.code < 500  # noqa: PLR2004 - server errors begin there
-    except OSError:
+    except (OSError, http.client.HTTPException):  # another program's port
         return False
 
 

@@ -57,7 +57,11 @@ def up(
     """Start all services, deploy everything, and say where they are; those that run already go on."""
     asked = {"server_port": server_port, "s3_port": s3_port, "postgres_port": postgres_port}
     asked["late_after_s"] = late_after_s
-    stack = Stack.make(folder.resolve(), **{name: value for name, value in asked.items() if value is not None})
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    folder = folder.resolve()
+    if chosen and (folder / "stack.json").exists():
+        _check_unchanged(Stack.at(folder), chosen)
+    stack = Stack.make(folder, **chosen)
     started_at = None if _runs(stack) else datetime.now(UTC)
     if started_at is not None:
         _start_supervisor(stack)
@@ -75,6 +79,19 @@ def up(
         f"Logs:    {stack.folder / 'logs'}\n\n"
         f'In a shell: eval "$({shlex.quote(sys.executable)} -m deployments.stack env)"'
     )
+
+
+def _check_unchanged(stack: Stack, chosen: dict[str, int]) -> None:
+    """See that services which run are not asked to be elsewhere.
+
+    Raises:
+        ConfigError: they are.
+    """
+    for name, value in chosen.items():
+        kept = getattr(stack, name)
+        if kept != value and _runs(stack):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}: the services run with {kept}, got {value}; stop them first (`make down`)")
 
 
 @app.command()

@@ -29,6 +29,7 @@ from prefect.states import AwaitingRetry
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from belt_tasks import storage
 from belt_tasks.errors import BeltError, ConfigError
 from flows.storage_block import options_of
 
@@ -70,9 +71,16 @@ class DeploySettings(BaseSettings):
     """TYPE/NAME of a notification block, such as slack-webhook/ops, that is told of failed and late runs."""
 
     def environment(self) -> dict[str, str]:
-        """What prefect.yaml refers to."""
+        """What prefect.yaml refers to.
+
+        Raises:
+            ConfigError: a place is none that belt knows.
+        """
         values = self.model_dump(exclude={"storage_options", "alert_block"})
         values["checkpoint_uri"] = self.checkpoint_uri or f"{self.models_uri}/registry@champion"
+        for name, value in values.items():
+            if name.endswith("_uri"):  # as runs name them in the events that triggers wait for, wherever they run
+                values[name] = storage.absolute(value)
         return {f"BELT_{name.upper()}": value for name, value in values.items()}
 
 

@@ -15,8 +15,8 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
 from belt_tasks import object_stores
-from belt_tasks.doctor import Check, Finding, without_credentials
-from belt_tasks.errors import ConfigError
+from belt_tasks.doctor import Check, Finding
+from belt_tasks.errors import ConfigError, without_credentials
 from flows.deploy import WORK_POOLS
 from flows.local_server import check_answers
 from flows.storage_block import read_storage_block

@@ -6,6 +6,7 @@ own. It ends when the pipe from the command closes, so it outlives no command, h
 """
 
 import atexit
+import http.client
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from belt_tasks.errors import BeltError, ConfigError
+from belt_tasks.errors import BeltError, ConfigError, without_credentials
 
 STARTUP_S = 120.0  # a new PREFECT_HOME makes the first start slow
 CHECK_S = 30.0
@@ -75,12 +76,12 @@ def check_answers(url: str) -> None:
             pass
     except urllib.error.HTTPError:  # it may ask who we are
         pass
-    except (ValueError, OSError) as error:
-        reason = getattr(error, "reason", error)
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        reason = without_credentials(str(getattr(error, "reason", error)))
         raise ConfigError(
-            f"PREFECT_API_URL: no Prefect server answers at {url} ({reason}); start it, or unset the variable and each "
-            "command has a private one"
-        ) from error
+            f"PREFECT_API_URL: no Prefect server answers at {without_credentials(url)} ({reason}); start it, or unset "
+            "the variable and each command has a private one"
+        ) from None
 
 
 def _wait(process: "subprocess.Popen[bytes]", url: str) -> None:

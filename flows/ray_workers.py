@@ -25,7 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import joblib
 
-from belt_tasks import object_stores, progress
+from belt_tasks import object_stores, progress, telemetry
 from belt_tasks.errors import ConfigError, DeadlineError, TransientError
 from belt_tasks.progress import StoppedError
 from belt_tasks.remote_worker import Raised, RemoteWorker, Report
@@ -140,6 +140,7 @@ class RayWorkers:
             raise TransientError(f"{name}: a Ray worker did not start ({_reason(error)})") from None
         there, here = worker.answer.result()[0], version("belt")
         if there != here:
+            self._free.put(worker)  # whoever else waits is told the same
             raise ConfigError(f"ray: the cluster's nodes have belt {there} installed, this is belt {here}")
         return worker
 
@@ -289,13 +290,15 @@ def _follow(actor: Handle, done: Handle, name: str) -> None:
     import ray  # noqa: PLC0415 - optional, and takes a second
 
     report: Handle = None
+    is_last = False
     while True:
         is_done = bool(ray.wait([done], timeout=POLL_S)[0])
-        report = report or actor.report.remote()
+        if report is None:
+            report, is_last = actor.report.remote(), is_done
         if ray.wait([report], timeout=POLL_S)[0]:
             _relay(_got(report))
             report = None
-            if is_done:
+            if is_last:
                 return
         progress.check(name)
 
@@ -312,6 +315,8 @@ def _relay(report: Report) -> None:
         logging.getLogger(record.name).handle(record)
     for words in report.said:
         progress.say(words)
+    for call in report.metered:
+        telemetry.tell(call)
     for stage, num_done, num_more in report.advanced:
         progress.advance(stage, num_done, num_more=num_more or None)
 

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelling, Completed, Pending, Running
 
 from belt_tasks.errors import ConfigError
-from flows.deploy import DeploySettings, automations, deploy, is_same, take_up
+from flows.deploy import DeploySettings, automations, deploy, is_same, read_settings, take_up
 
 BIN = Path(sys.executable).parent
 DEPLOYMENTS = {
@@ -191,6 +191,18 @@ def test_a_second_site_has_deployments_of_its_own(deployed, client):
     outputs = {each.name: each.parameters.get("output_uri") for each in client.read_deployments()}
     assert outputs["score-nightly-reviews"] == "/elsewhere"
     assert outputs["score-nightly"] == deployed["BELT_OUTPUT_URI"]
+
+
+@pytest.mark.parametrize("written", ["file://{}/out", "{}/out/", "{}/./x/../out"])
+def test_a_place_has_one_name_in_parameters_and_triggers(written, site, tmp_path, monkeypatch):
+    """A run's events name its output as `storage.absolute` does, and triggers compare letters."""
+    for name, value in (site | {"BELT_OUTPUT_URI": written.format(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+
+    environment = read_settings().environment()
+
+    assert environment["BELT_OUTPUT_URI"] == f"{tmp_path}/out"
+    assert environment["BELT_ENCODER"] == site["BELT_ENCODER"]
 
 
 def test_what_is_missing_is_named(deployed):

@@ -267,7 +267,7 @@ def test_a_run_that_takes_too_long_ends_its_workers_and_the_next_attempt_goes_on
 
 
 def test_workers_have_the_options_of_object_stores_and_ray_keeps_none(
-    cluster, s3, s3_root, labelled_corpus, tiny_checkpoint, by_threads
+    cluster, s3, s3_root, labelled_corpus, tiny_checkpoint, by_threads, tmp_path
 ):
     """Neither the cluster nor the command has them in its environment; the command is Ray's client."""
     storage.put_directory(Path(labelled_corpus), f"{s3_root}/corpus", last="")
@@ -279,9 +279,10 @@ def test_workers_have_the_options_of_object_stores_and_ray_keeps_none(
     environment = {name: value for name, value in os.environ.items() if name not in s3.environment()}
     arguments = ["--checkpoint", f"{s3_root}/model", "--output", f"{s3_root}/out", "--storage-block", "for-ray"]
     arguments += ["--device", "cpu", "--max-rejected-share", "1", "--runner", "ray", "--address", cluster.client]
+    meters = tmp_path / "belt.prom"
     done = subprocess.run(
         [BIN / "belt", "score", f"{s3_root}/corpus", *arguments, "--num-workers", "1"],
-        env=environment,
+        env=environment | {"BELT_METRICS_TEXTFILE": str(meters)},
         capture_output=True,
         text=True,
         check=False,
@@ -289,6 +290,8 @@ def test_workers_have_the_options_of_object_stores_and_ray_keeps_none(
 
     assert (done.returncode, complaints(done.stderr)) == (0, "")
     assert_frame_equal(table(f"{s3_root}/out"), table(by_threads[1]), abs_tol=1e-6)
+    num_documents = len(table(by_threads[1]))
+    assert f'belt_documents_total{{stage="score"}} {num_documents:.1f}' in meters.read_text()  # of the workers
     kept = [path for path in cluster.folder.rglob("*") if path.is_file()]
     assert any(path.stat().st_size for path in kept)
     for path in kept:

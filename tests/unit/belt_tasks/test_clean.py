@@ -1,6 +1,8 @@
 """Cleaning up removes what nobody needs, and nothing that a table, a rollback or a run under way does."""
 
+import os
 from datetime import timedelta
+from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
@@ -104,6 +106,22 @@ def test_files_of_a_commit_that_failed_go_when_they_are_old(corpus, tiny_checkpo
     assert clean_up(output, older_than=timedelta(days=1)).num_files == 0
     assert clean_up(output, older_than=NOW).num_files == 1
     assert not storage.exists(orphan)
+
+
+def test_a_run_that_is_taken_up_again_is_under_way_however_old_it_is(corpus, tiny_checkpoint, tmp_path):
+    output = str(tmp_path / "out")
+    score_corpus(str(corpus), tiny_checkpoint, output, spec=spec())
+    write(corpus, "c", "a third text")
+    arguments = (str(corpus), tiny_checkpoint, output, CorpusSpec(), spec())
+    left = score_planning.plan_scoring(*arguments)
+    for path in Path(left.run.uri).rglob("*"):
+        os.utime(path, times=(0, 0))
+
+    again = score_planning.plan_scoring(*arguments)
+    clean_up(output, older_than=timedelta(days=7))
+
+    assert again == left
+    assert [receipt.counts.num_documents for receipt in score_shards(again, CorpusSpec())] == [3]
 
 
 def test_a_place_without_published_tables_is_refused(tmp_path):

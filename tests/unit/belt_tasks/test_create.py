@@ -3,11 +3,9 @@
 import multiprocessing
 import os
 import threading
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-import fsspec
 import pytest
 
 from belt_tasks import object_stores, storage
@@ -17,21 +15,9 @@ from tests.integration.fault_proxy import Request, fault_proxy
 NUM_WRITERS = 8
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def root(request, tmp_path):
-    """An empty place to write to, on disk, in memory and on a real S3 server."""
-    if request.param == "memory":
-        uri = f"memory://{uuid.uuid4().hex}"
-        yield uri
-        filesystem, path = fsspec.core.url_to_fs(uri)
-        filesystem.rm(path, recursive=True)
-        return
-    yield str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3_root")
-
-
 @pytest.fixture(params=["local", "s3"])
 def shared(request, tmp_path):
-    """An empty place that many processes may write to."""
+    """An empty place that many processes may write to, on disk and on a real S3 server."""
     return str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3_root")
 
 
@@ -40,29 +26,34 @@ def everything(uri):
     return sorted(name.removeprefix(path).lstrip("/") for name in filesystem.find(path))
 
 
-def test_what_is_there_stays(root):
-    uri = storage.join(root, "deep", "a.bin")
+def test_what_is_there_stays(shared):
+    uri = storage.join(shared, "deep", "a.bin")
 
     assert storage.create_bytes(uri, b"first")
     assert not storage.create_bytes(uri, b"second")
 
     assert storage.read_bytes(uri) == b"first"
-    assert everything(root) == ["deep/a.bin"]
+    assert everything(shared) == ["deep/a.bin"]
 
 
-def test_the_very_same_bytes_are_ours(root):
-    uri = storage.join(root, "a.bin")
+def test_the_very_same_bytes_are_ours(shared):
+    uri = storage.join(shared, "a.bin")
 
     assert storage.create_bytes(uri, b"mine")
     assert storage.create_bytes(uri, b"mine")
 
 
-def test_an_object_may_be_empty(root):
-    uri = storage.join(root, "a.bin")
+def test_an_object_may_be_empty(shared):
+    uri = storage.join(shared, "a.bin")
 
     assert storage.create_bytes(uri, b"")
     assert not storage.create_bytes(uri, b"x")
     assert storage.read_bytes(uri) == b""
+
+
+def test_a_store_that_lets_two_win_is_refused():
+    with pytest.raises(ConfigError, match=r"^memory:/+somewhere/a: where two may write at once, one has to win"):
+        storage.create_bytes("memory://somewhere/a", b"mine")
 
 
 def test_of_many_threads_one_succeeds(shared):

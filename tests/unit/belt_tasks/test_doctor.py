@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from belt_tasks import attention_cpu, doctor, object_stores, storage
 from belt_tasks.doctor import Finding
-from belt_tasks.errors import ConfigError
+from belt_tasks.errors import ConfigError, without_credentials
 from tests.conftest import labelled_rows
+from tests.integration.fault_proxy import Request, fault_proxy
 
 
 def of_place(**places: str) -> Finding:
@@ -119,7 +118,30 @@ def test_credentials_of_addresses_are_not_told(protocol, word):
     secret = f"hush{word}"
     text = f"cannot reach {protocol}://user:{secret}@host:1/path?signature={secret} today"
 
-    assert doctor.without_credentials(text) == f"cannot reach {protocol}://host:1/path today"
+    assert without_credentials(text) == f"cannot reach {protocol}://host:1/path today"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("http://user:p@ss@host/x", "http://host/x"),
+        ("s3://AKIA:abc/def+gh@bucket/x", "s3://bucket/x"),
+        ("https://token@host/x?y", "https://host/x"),
+        ("s3://bucket/registry@champion", "s3://bucket/registry@champion"),
+        ("two http://a:b@c and http://d:e@f", "two http://c and http://f"),
+        ("no address: me@host", "no address: me@host"),
+    ],
+)
+def test_odd_addresses_tell_no_credentials_either(text, told):
+    assert without_credentials(text) == told
+
+
+def test_what_is_well_tells_no_credentials_either():
+    (found,) = doctor.examine(
+        "places", lambda: [("a", lambda: Finding(check="a", status="ok", found="read http://user:hush@host/x"))]
+    )
+
+    assert found.found == "read http://host/x"
 
 
 def test_a_corpus_is_read(write_corpus):
@@ -183,24 +205,27 @@ def test_an_output_that_may_only_be_read_is_a_problem(s3, s3_root, monkeypatch):
     assert "secret" not in found.found
 
 
-class CarelessFileSystem(MemoryFileSystem):
-    """Puts whatever it is given, on whatever condition."""
+def test_a_store_that_ignores_conditions_is_a_problem(s3, s3_root, monkeypatch):
+    def agree(request: Request) -> bytes | None:
+        answer = request.forward()
+        if answer.split(b" ", 2)[1] == b"412":  # there is one already
+            return b'HTTP/1.1 200 OK\r\nETag: "0"\r\nContent-Length: 0\r\n\r\n'
+        return answer
 
-    protocol = "careless"
-    store, pseudo_dirs = {}, [""]
-
-    def _open(self, path, mode="rb", **options):
-        return super()._open(path, mode.replace("x", "w"), **options)
-
-
-def test_a_store_that_ignores_conditions_is_a_problem():
-    fsspec.register_implementation("careless", CarelessFileSystem, clobber=True)
-
-    found = of_place(output_uri="careless://bucket/out")
+    with fault_proxy(s3.endpoint, agree) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        object_stores.configure({})
+        found = of_place(output_uri=s3_root)
 
     assert found.status == "problem"
     assert "ignores If-None-Match" in found.found
-    assert of_place(output_uri="memory://bucket/out").status == "ok"
+
+
+def test_a_store_that_lets_two_win_is_a_problem():
+    found = of_place(output_uri="memory://bucket/out")
+
+    assert found.status == "problem"
+    assert "one has to win" in found.found
 
 
 def test_only_names_of_storage_options_are_told(monkeypatch):

@@ -72,6 +72,16 @@ def test_a_finished_classifier_is_copied_without_what_is_not_part_of_it(finished
     assert checkpoints.load_checkpoint(copy).digest == record.digest == checkpoints.checkpoint_digest(finished)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "training_args.bin", "rng_state.pth"])
+def test_pickles_beside_the_weights_are_nobodys(own, output, name):
+    record = model_store.add(output, own, who="ann")
+    Path(own, name).write_bytes(b"\x80\x04N.")
+
+    assert model_store.add(output, own, who="bob") == record
+    copied = storage.list_files(registry.checkpoint_uri(output, record.digest), suffix="")
+    assert name not in {file.uri.rpartition("/")[2] for file in copied}
+
+
 def test_the_same_checkpoint_is_added_once(tiny_checkpoint, own, output, monkeypatch):
     first = model_store.add(output, tiny_checkpoint, who="ann")
     before = contents(output)

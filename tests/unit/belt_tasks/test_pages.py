@@ -31,6 +31,7 @@ HOSTILE = [
 ]
 RUN = {
     "run_id": "0123456789abcdef",
+    "output_uri": "/data/out",
     "belt_version": "0.1.0",
     "finished_at": "2026-01-02T03:04:05+00:00",
     "num_rejected": 1,

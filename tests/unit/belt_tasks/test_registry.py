@@ -107,9 +107,7 @@ def test_a_decision_that_was_undone_is_not_carried_out_again(models):
     assign(models, B, A, decision="0" * 16)
     registry.roll_back(models, "champion", who="bob", why="it is slow")
 
-    words = (
-        r"decision 0{16} was carried out by entry 2, and champion was moved since \(entry 3, bob: it is slow\)"
-    )
+    words = r"decision 0{16} was carried out by entry 2, and champion was moved since \(entry 3, bob: it is slow\)"
     with pytest.raises(ConflictError, match=words):
         assign(models, B, A, decision="0" * 16)
     assert registry.find(models, "champion").to_digest == A

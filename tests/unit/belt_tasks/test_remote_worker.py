@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from belt_tasks import object_stores, progress
+from belt_tasks import object_stores, progress, telemetry
 from belt_tasks.errors import ShardError
 from belt_tasks.progress import StoppedError
 from belt_tasks.remote_worker import Raised, RemoteWorker
@@ -57,6 +57,16 @@ def test_a_report_is_all_since_the_last_one(worker):
     assert "UserWarning: look out" in warning
     again = worker.report()
     assert (again.advanced, again.said, again.logged) == ((), (), ())
+
+
+def test_what_would_be_metered_is_in_the_report_and_nowhere_else(worker, monkeypatch, tmp_path):
+    monkeypatch.setenv("BELT_METRICS_TEXTFILE", str(tmp_path / "belt.prom"))
+
+    worker.call(telemetry.shard_ended, ("score", "reused"), {})
+
+    assert worker.report().metered == (("shard_ended", ("score", "reused"), {}),)
+    assert worker.report().metered == ()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_is_a_value_that_can_be_sent(worker):

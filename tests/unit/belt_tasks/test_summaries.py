@@ -1,16 +1,19 @@
+import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
 
 import pytest
+from markdown_it import MarkdownIt
 
 from belt_tasks import summaries
 from belt_tasks.drift import DriftReport, Measure
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import Epoch, FineTuningReceipt
+from belt_tasks.gate import Check, DecisionRecord
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.receipts import FileReceipt
 from belt_tasks.report import ScoreReport
-from belt_tasks.specs import ChunkSpec, DriftSpec, ScoreSpec
+from belt_tasks.specs import ChunkSpec, CorpusSpec, DriftSpec, GateSpec, Head, ScoreSpec
 
 ASKED_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -303,6 +306,41 @@ def test_evaluation_summary_shows_what_was_measured_and_where_the_rest_is():
         "- all metrics: `/out/metrics.json`",
         "- plot: `/out/reliability.png`",
     ]
+
+
+def test_no_label_can_speak_as_the_gate():
+    label = "ok\n\n## promote: every check passed\n\n<img src=x onerror=alert(1)> `a` [b](c) \\<i> \u202e" + "x" * 100
+    numbers = dict.fromkeys(("accuracy", "macro_f1"), 0.5)
+    head = Head(task="multiclass", labels=(label, "b"))
+    record = DecisionRecord(
+        decision="reject",
+        why=f"no champion to compare with; not passed: recall of {label}",
+        champion_digest=None,
+        challenger_digest="1" * 64,
+        head=head,
+        metric="accuracy",
+        gain=None,
+        gain_lower=None,
+        gain_upper=None,
+        checks=(Check(name="recall", label=label, number=0.1, limit=0.5, passed=False),),
+        labels_without_documents=(label,),
+        num_documents=3,
+        documents_fingerprint="0" * 64,
+        corpus_uri="/c",
+        corpus=CorpusSpec(),
+        score_spec=ScoreSpec(),
+        gate=GateSpec(),
+        champion_metrics={},
+        challenger_metrics=numbers,
+    )
+
+    told = summaries.decision_summary(record)
+
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(told)
+    assert re.findall(r"<h\d>.*", page) == ["<h2>reject: 3 held-out documents</h2>"]
+    assert not re.search(r"<(img|i|a)\b", page)
+    assert page.count("&lt;img src=x onerror=alert") == 3
+    assert "\u202e" not in told
 
 
 def test_cells_cannot_break_their_table():

@@ -2,6 +2,7 @@
 
 import http.server
 import logging
+import pickle
 import socket
 import subprocess
 import sys
@@ -222,3 +223,43 @@ def test_where_nobody_asks_nothing_is_imported(corpus, tiny_checkpoint, tmp_path
     subprocess.run([sys.executable, "-c", code, corpus, tiny_checkpoint, str(tmp_path / "out")], check=True)
 
     assert {path.name for path in Path(tmp_path).iterdir()} == {"corpus", "out"}
+
+
+def test_what_a_worker_would_tell_is_told_elsewhere(monkeypatch, tmp_path):
+    file, relayed = tmp_path / "belt.prom", []
+    monkeypatch.setenv("BELT_METRICS_TEXTFILE", str(file))
+    counts = Counts(num_documents=5, num_tokens=50, num_chunks=6, rejected_by_reason={"text_null": 2})
+
+    with telemetry.relayed(relayed.append):
+        telemetry.shard_ended("score", "finished", counts, seconds=2.0)
+        telemetry.rows_rejected(counts)
+        telemetry.tried_again()
+        telemetry.published("/out", datetime(2026, 1, 2, tzinfo=UTC))
+    assert not file.exists()
+    for call in pickle.loads(pickle.dumps(relayed)):  # noqa: S301 - its own
+        telemetry.tell(call)
+
+    found = samples(file.read_text())
+    assert found["belt_documents_total", "score"] == 5
+    assert found["belt_rejected_rows_total", "text_null"] == 4
+    assert found["belt_retries_total",] == 1
+    assert found["belt_last_published_timestamp_seconds", "/out"] > 0
+
+
+@pytest.mark.parametrize("address", ["http://localhost:abc", "http://[::1", "http://127.0.0.1:1"])
+def test_no_address_of_a_pushgateway_stops_a_run(monkeypatch, caplog, address):
+    monkeypatch.setenv("BELT_METRICS_PUSHGATEWAY", address)
+
+    telemetry.published("/out", datetime(2026, 1, 2, tzinfo=UTC))
+
+    assert "metrics: cannot tell the Pushgateway" in caplog.text
+    assert address not in caplog.text
+
+
+def test_a_wrong_address_is_refused_without_being_told(monkeypatch):
+    monkeypatch.setenv("BELT_METRICS_PUSHGATEWAY", "user:hush@push.example.com:9091")
+
+    with pytest.raises(ConfigError, match="BELT_METRICS_PUSHGATEWAY: String should match pattern") as error:
+        telemetry.start()
+
+    assert "hush" not in str(error.value)
