@@ -3,13 +3,13 @@
 PSI, the population stability index, is the sum over categories of (p - q) * ln(p / q), p and q being the two's shares.
 So that a category which one of them lacks does not make it infinite, both are first mixed with SMOOTHING of their
 mean: that keeps the index 0 where the shares are equal, whatever the numbers of documents, and the same when the two
-are exchanged. Numbers are put into NUM_GROUPS groups that hold equal shares of both together.
+are exchanged. Numbers, of both samples, are put into NUM_GROUPS groups that hold equal shares of both together.
 
 A small run differs from the reference by chance: a PSI counts only where the chi-squared test, and a KS distance only
 where its own test, says that it is more than that. (Labels of multilabel documents are counted as if each were drawn
 alone.)
 
-Shape letters: B categories.
+Shape letters: B categories, D documents, U different values.
 """
 
 from typing import Literal
@@ -18,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from belt_tasks import histograms
-from belt_tasks.histograms import Histogram
 from belt_tasks.specs import DriftSpec, Spec
 from belt_tasks.statistics import RunStatistics
 
@@ -65,7 +63,7 @@ class DriftReport(Spec):
     num_documents_reference: int
     reference_run_ids: tuple[str, ...]
     measures: tuple[Measure, ...]
-    """None where one of the two has no document."""
+    """Empty where one of the two has no document."""
     spec: DriftSpec
 
     @property
@@ -129,17 +127,20 @@ def psi(counts_B: npt.ArrayLike, reference_B: npt.ArrayLike) -> float:
     return float(((now_B - then_B) * np.log(now_B / then_B)).sum())
 
 
-def grouped(now: Histogram, reference: Histogram) -> tuple[Counts, Counts]:
-    """Counts of two histograms in at most NUM_GROUPS groups of neighbouring bins.
+def grouped(now_D: npt.ArrayLike, reference_D: npt.ArrayLike) -> tuple[Counts, Counts]:
+    """Counts of two samples of numbers in at most NUM_GROUPS groups of neighbouring values.
 
-    The groups hold shares that are as equal as the bins allow, of both together, each weighing the same.
+    The groups hold shares that are as equal as repeated values allow, of both together, each sample weighing the same:
+    a value that lies far from all others cannot push those into one group.
     """
-    _, now_B, then_B = histograms.aligned(now, reference)
-    share_B = (now_B / now_B.sum() + then_B / then_B.sum()) / 2
-    middle_B = np.cumsum(share_B) - share_B / 2
-    group_B = np.minimum((middle_B * NUM_GROUPS).astype(int), NUM_GROUPS - 1)
-    counts = [np.bincount(group_B, weights=counts_B, minlength=NUM_GROUPS).astype(int) for counts_B in (now_B, then_B)]
-    return counts[0], counts[1]
+    samples = [np.asarray(sample, dtype=np.float64) for sample in (now_D, reference_D)]
+    values_U = np.unique(np.concatenate(samples))
+    counts = [np.bincount(np.searchsorted(values_U, sample), minlength=len(values_U)) for sample in samples]
+    share_U = sum(count_U / count_U.sum() for count_U in counts) / 2
+    middle_U = np.cumsum(share_U) - share_U / 2
+    group_U = np.minimum((middle_U * NUM_GROUPS).astype(int), NUM_GROUPS - 1)
+    now_B, then_B = (np.bincount(group_U, weights=count, minlength=NUM_GROUPS).astype(int) for count in counts)
+    return now_B, then_B
 
 
 def _measures(now: RunStatistics, reference: RunStatistics, spec: DriftSpec) -> list[Measure]:
@@ -147,9 +148,9 @@ def _measures(now: RunStatistics, reference: RunStatistics, spec: DriftSpec) -> 
     if not now.is_regression:
         shares = [np.array([*each.label_counts, each.num_without_label]) for each in (now, reference)]
         found.append(_psi("labels", shares[0], shares[1], spec))
-    found.append(_psi("scores", *grouped(now.scores, reference.scores), spec))
+    found.append(_psi("scores", *grouped(now.sample.scores, reference.sample.scores), spec))
     found.append(_ks("scores", now.sample.scores, reference.sample.scores, spec))
-    found.append(_psi("lengths", *grouped(now.lengths, reference.lengths), spec))
+    found.append(_psi("lengths", *grouped(now.sample.num_tokens, reference.sample.num_tokens), spec))
     found.append(_ks("lengths", now.sample.num_tokens, reference.sample.num_tokens, spec))
     shares_now = (now.unknown_share, reference.unknown_share)
     increase = None if None in shares_now else (shares_now[0] or 0.0) - (shares_now[1] or 0.0)

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from belt_tasks import pages, plots, report_plots
+from belt_tasks.histograms import Histogram
 from belt_tasks.report_plots import STAGES, Theme
 from belt_tasks.statistics import RunStatistics
 
@@ -38,11 +39,14 @@ def of_predictions(counted: RunStatistics, other: RunStatistics | None) -> list[
     """
     score = "predicted value" if counted.is_regression else "score: probability of the label"
     than = "" if other is None else f" against {other.num_documents:,} of the reference"
-    other_scores, other_lengths = (None, None) if other is None else (other.scores, other.lengths)
+    other_lengths = None if other is None else other.lengths
+    scores, other_scores = _shown_scores(counted, other)
     found = [
         _picture(
-            lambda theme: report_plots.distribution_png(counted.scores, other_scores, theme, label=score),
-            caption="Distribution of scores",
+            lambda theme: report_plots.distribution_png(scores, other_scores, theme, label=score),
+            caption="Distribution of values, the middle 99 % of a sample"
+            if counted.is_regression
+            else "Distribution of scores",
             alt=f"Histogram of the scores of {counted.num_documents:,} documents{than}; {_middle('scores', counted)}"
             + ("" if other is None else f", in the reference {_middle('scores', other)}"),
         )
@@ -133,6 +137,16 @@ def label_shares(counted: RunStatistics, compared: RunStatistics | None) -> list
         for i, name in enumerate(names)
     ]
     return sorted(rows, key=lambda row: -row["count"])
+
+
+def _shown_scores(counted: RunStatistics, other: RunStatistics | None) -> tuple[Histogram, Histogram | None]:
+    """Histograms of the run and the reference; of values, one of which may be far from all others, without the ends."""
+    if not counted.is_regression:
+        return counted.scores, None if other is None else other.scores
+    samples = [np.array(each.sample.scores) for each in (counted, other) if each is not None]
+    low, high = np.quantile(np.concatenate(samples), [0.005, 0.995])
+    middles = [Histogram.of(sample[(sample >= low) & (sample <= high)]) for sample in samples]
+    return middles[0], None if other is None else middles[1]
 
 
 def _of_labels(rows: list[dict[str, Any]]) -> Picture:

@@ -209,7 +209,7 @@ def test_a_config_file_changes_the_checkpoints_windows_field_by_field(labelled_c
     assert spec_of(tmp_path / "out").chunks == ChunkSpec(chunk_size=30, stride=11)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "nonsense"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "nonsense", "http://localhost:abc/api"])
 def test_a_prefect_server_that_does_not_answer_is_named(labelled_corpus, tiny_checkpoint, tmp_path, monkeypatch, url):
     monkeypatch.setenv("PREFECT_API_URL", url)
 
@@ -229,3 +229,13 @@ def test_the_demo_corpus_is_written_once(tmp_path):
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())] == before
     write_demo_corpus(str(tmp_path), spec.model_copy(update={"seed": 5}))
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())] != before
+
+
+def test_a_password_in_the_address_of_a_server_is_not_told(labelled_corpus, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://user:hush@127.0.0.1:9/api")
+
+    code, _, said = belt("score", labelled_corpus, "--checkpoint", tiny_checkpoint, "--output", tmp_path / "out")
+
+    assert code == 1
+    assert "no Prefect server answers at http://127.0.0.1:9/api" in said
+    assert "hush" not in said

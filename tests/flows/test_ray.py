@@ -298,6 +298,23 @@ def test_workers_have_the_options_of_object_stores_and_ray_keeps_none(
         assert secret.encode() not in path.read_bytes(), path
 
 
+def test_a_cluster_with_another_belt_is_told_once_and_keeps_nobody_waiting(
+    cluster, labelled_corpus, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("flows.ray_workers.version", lambda _: "9.9")
+
+    with pytest.raises(ConfigError, match=r"^ray: the cluster's nodes have belt \S+ installed, this is belt 9\.9$"):
+        score(
+            labelled_corpus,
+            tiny_checkpoint,
+            str(tmp_path),
+            CorpusSpec(),
+            CPU,
+            runner="ray",
+            ray=RaySpec(address=cluster.address, num_workers=1),
+        )
+
+
 def test_what_is_asked_of_a_cluster_is_checked(cluster, labelled_corpus, tiny_checkpoint, tmp_path, monkeypatch):
     def fails(ray: RaySpec, words: str) -> None:
         with pytest.raises(ConfigError, match=words):

@@ -347,9 +347,10 @@ def test_a_report_that_is_killed_at_any_write_is_finished_by_the_next_attempt(co
 
 def test_the_last_write_is_the_receipt(corpus, tiny_checkpoint, tmp_path, monkeypatch):
     written = []
-    really = storage.write_bytes
+    really, create = storage.write_bytes, storage.create_bytes
     manifest = score_corpus(str(corpus), tiny_checkpoint, str(tmp_path / "out"), spec=spec())
-    monkeypatch.setattr(report.storage, "write_bytes", lambda uri, data: (written.append(uri), really(uri, data)))
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, data: (written.append(uri), really(uri, data)))
+    monkeypatch.setattr(storage, "create_bytes", lambda uri, data: (written.append(uri), create(uri, data)))
 
     score_report(run_of(str(tmp_path / "out"), manifest), manifest)
 
