@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from belt_tasks import encoder
-from belt_tasks.errors import BeltError, ConfigError, TransientError
+from belt_tasks.errors import ConfigError, TransientError
 
 Int64 = npt.NDArray[np.int64]
 
@@ -38,6 +38,8 @@ PATIENCE = timedelta(minutes=10)
 END_S = 10.0
 TAIL_CHARS = 2000
 READY = "ready"
+SAID = "Error: "
+"""Begins what a rank says of a mistake."""
 ENTRY = "belt_tasks.fine_tuning_rank"
 
 
@@ -117,8 +119,9 @@ def ranks(num_devices: int, device: str, job: dict[str, Any]) -> Iterator[Ranks]
         job: what the others have to do, as JSON; see `ENTRY`. It is handed over by a pipe: it may hold secrets.
 
     Raises:
-        ConfigError: this machine has fewer devices, or a rank refused; says why.
+        ConfigError: this machine has fewer devices, or a rank says what a person has to mend.
         TransientError: a rank was killed.
+        RuntimeError: a rank failed otherwise; has its last words.
     """
     check(num_devices, device)
     if num_devices == 1:
@@ -126,15 +129,21 @@ def ranks(num_devices: int, device: str, job: dict[str, Any]) -> Iterator[Ranks]
         return
     with tempfile.TemporaryDirectory(prefix="belt-ranks-") as folder, _cores(num_devices):
         others: list[_Other] = []
+        is_joined = False
         try:
             others.extend(_Other(rank, num_devices, Path(folder), job) for rank in range(1, num_devices))
             for other in others:
                 other.wait_until_ready()
             with joined(0, num_devices, device, folder) as here:
-                yield here
-        except RuntimeError as error:  # what a collective raises where another rank is gone
-            for other in others:
-                other.check(error)
+                is_joined = True
+                try:
+                    yield here
+                except RuntimeError as error:  # of a collective where another rank is gone, or of this rank itself
+                    _say_who_ended(others, error)  # while all are connected: later the others end of this one
+                    raise
+        except RuntimeError as error:
+            if not is_joined:
+                _say_who_ended(others, error)
             raise
         finally:
             for other in others:
@@ -164,7 +173,7 @@ def joined(rank: int, size: int, device: str, folder: str) -> Iterator[Ranks]:
 
 
 def end_with_parent(pipe: IO[str], folder: str) -> None:
-    """End this process when whoever started it does, and leave no folder: the pipe from there closes."""
+    """Exit, and remove the folder, as soon as the parent's pipe closes."""
 
     def wait() -> None:
         pipe.read()
@@ -172,6 +181,14 @@ def end_with_parent(pipe: IO[str], folder: str) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _say_who_ended(others: "list[_Other]", error: RuntimeError) -> None:
+    """Raise what ended another rank, if one ended."""
+    patience_s = END_S
+    for other in others:
+        other.check(error, patience_s)
+        patience_s = 0.0  # whoever is gone is gone by now
 
 
 class _Other:
@@ -193,7 +210,7 @@ class _Other:
             self._stdin.write(json.dumps(told) + "\n")
             self._stdin.flush()
         except BrokenPipeError:
-            self.check(None)
+            self.check(None, END_S)
 
     @property
     def _stdin(self) -> IO[str]:
@@ -206,24 +223,29 @@ class _Other:
         if self._process.stdout is None:
             raise AssertionError("it was started with a pipe")
         if self._process.stdout.readline().strip() != READY:
-            self.check(None)
+            self.check(None, END_S)
 
-    def check(self, cause: Exception | None) -> None:
+    def check(self, cause: Exception | None, patience_s: float) -> None:
         """Say why it ended, if it did.
 
         Raises:
-            ConfigError: it said why.
+            ConfigError: it said what a person has to mend.
             TransientError: it was killed.
+            RuntimeError: anything else.
         """
         try:
-            code = self._process.wait(END_S)
+            code = self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
             return
         self._said.seek(0)
-        lines = self._said.read()[-TAIL_CHARS:].strip().splitlines()
-        was_killed = code < 0
-        why = lines[-1].removeprefix("Error: ") if lines and not was_killed else f"exit code {code}"
-        kind: type[BeltError] = TransientError if was_killed else ConfigError
+        said = self._said.read()[-TAIL_CHARS:].strip()
+        kind: type[Exception]
+        if code < 0 or not said:
+            kind, why = TransientError if code < 0 else RuntimeError, f"exit code {code}"
+        elif SAID in said:
+            kind, why = ConfigError, said.rpartition(SAID)[2]
+        else:
+            kind, why = RuntimeError, said.splitlines()[-1]
         raise kind(f"rank {self._rank} of the fine-tuning ended: {why}") from cause
 
     def end(self) -> None:

@@ -22,7 +22,7 @@ NUM_THREADS = 4  # files at once, some columns of a row group of each in memory
 RANKING: dict[str, type[pl.DataType]] = {"rank": pl.Int32, "label": pl.String, "contribution": pl.Float64}
 PLACE: dict[str, type[pl.DataType]] = {"file": pl.Int32, "group": pl.Int32, "row": pl.UInt32}
 EVIDENCE = ["doc_id", "label", "score", "contribution", "start_char", "stop_char", "text"]
-OF_RUNS = [
+RUN_COLUMNS = [
     "run_id",
     "started_at",
     "scoring_fingerprint",
@@ -117,18 +117,19 @@ def rejected_rows(output_uri: str, files: Sequence[FileReceipt]) -> RejectedRows
 
 
 def last_runs(run: RunRef, manifest: Manifest) -> pl.DataFrame:
-    """The last scoring runs of an output up to one, which comes last: OF_RUNS, by their start."""
+    """The last scoring runs of an output up to one, which comes last: RUN_COLUMNS, by their start."""
     table = score_tables.table_at(run.output_uri, "runs")
     schema = pl.DataFrame(data_contracts.arrow_schema("runs").empty_table()).schema
     this = manifest.run | {"started_at": datetime.fromisoformat(manifest.run["started_at"])}
-    row = pl.DataFrame([{name: this.get(name) for name in OF_RUNS}], schema={name: schema[name] for name in OF_RUNS})
+    wanted = {name: schema[name] for name in RUN_COLUMNS}
+    row = pl.DataFrame([{name: this.get(name) for name in RUN_COLUMNS}], schema=wanted)
     rows = delta_tables.scan(table)
     if rows is None:
         return row
     before = rows.filter(
         pl.col("flow") == "score", pl.col("run_id") != run.run_id, pl.col("started_at") <= this["started_at"]
     )
-    found = delta_tables.collect(before.select(OF_RUNS), table).sort("started_at", "run_id").tail(NUM_RUNS - 1)
+    found = delta_tables.collect(before.select(RUN_COLUMNS), table).sort("started_at", "run_id").tail(NUM_RUNS - 1)
     return pl.concat([found, row])
 
 

@@ -1,6 +1,6 @@
 """A process that takes part in another's fine-tuning: started by `data_parallel.ranks`, told by a pipe what to do.
 
-Its standard input holds one line of JSON, and then ends with whoever wrote it; so does the process.
+It reads one line of JSON from standard input, and exits when standard input closes, that is, when its parent ends.
 """
 
 import json

@@ -42,7 +42,7 @@ def planned(run_id: str, stage: str, *, num_shards: int, num_rows: int, counts: 
 
 
 def up_to_date(run_id: str, stage: str) -> None:
-    """A run is complete already, so there is nothing to do but to publish it, if that."""
+    """A run is complete already; at most it has to be published still."""
     log.info("run %s is complete already", run_id, extra={"run_id": run_id, "stage": stage})
 
 

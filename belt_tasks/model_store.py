@@ -25,7 +25,7 @@ class ModelRecord(Spec):
     source_uri: str
     """Where it was copied from."""
     metrics: dict[str, Any]
-    """Of its best epoch on the documents that its fine-tuning held out; empty where nobody knows."""
+    """Of its best epoch on the documents that its fine-tuning held out; empty where belt did not fine-tune it."""
     who: Words
     at: AwareDatetime
 

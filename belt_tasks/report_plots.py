@@ -2,7 +2,7 @@
 
 Like those of an evaluation (see `plots`): matplotlib's objects and never pyplot, and names drawn as they are.
 
-Shape letters: D documents, R runs, N names.
+Shape letters: B bins, D documents, R runs, N names.
 """
 
 from collections.abc import Mapping, Sequence

@@ -212,7 +212,7 @@ class DriftSpec(Spec):
     """Kolmogorov-Smirnov distance of scores and of lengths up to which all is well."""
 
     alpha: float = Field(default=0.001, gt=0.0, lt=1.0)
-    """Probability that documents drawn from the reference itself differ so much, below which it was not chance."""
+    """Significance level: a measure counts as drift only where its p-value is below."""
 
     max_unknown_increase: float = Field(default=0.02, gt=0.0, le=1.0)
     """By how much the share of tokens that the vocabulary lacks may exceed the reference's."""

@@ -3,11 +3,9 @@
     OUTPUT/runs/RUN_ID/statistics.json
 
 Everything is additive: the statistics of shards, runs or steps are, added, exactly those of all their documents
-together. Beside counts there is a sample, for tests that need numbers: the documents whose hashes are smallest, so that
-it is as good as drawn by lot, the same whenever it is drawn, and that of two runs follows from theirs. The hash is of a
-document's id and text: by the text alone, one that stands there a thousand times would be drawn so often, or never.
-
-Shape letter: D documents.
+together. Beside counts there is a sample, for tests that need numbers: the documents whose hashes are smallest. It is
+as good as random, the same whenever it is drawn, and that of two runs follows from theirs. The hash covers id and
+text: by the text alone, all copies of a repeated text would be drawn, or none.
 """
 
 from collections.abc import Iterator
@@ -110,7 +108,7 @@ class RunStatistics(Spec):
         return cls(
             scoring_fingerprint=scoring_fingerprint,
             labels=labels,
-            # a probability is not its own logit, but by a chance that no second row has
+            # a probability equals its own logit at one value only (about .659): all rows do so in a regression alone
             is_regression=len(labels) == 1 and bool((rows["score"] == rows["logits"].list.first()).all()),
             num_documents=len(rows),
             label_counts=tuple(carried.get(label, 0) for label in labels),

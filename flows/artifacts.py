@@ -23,7 +23,7 @@ class LinkSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BELT_", env_ignore_empty=True, extra="ignore")
 
     report_link_hours: int | None = Field(None, ge=1, le=168)
-    """So long may whoever sees the summary of a run open its report, without credentials of the store."""
+    """Hours for which the links to the report in a run's summary work, for whoever sees it; None has no such links."""
 
 
 def read_link_settings() -> LinkSettings:

@@ -1,8 +1,8 @@
 """What every flow run has in common: where the stores are, how long it may take, and how often it may start again.
 
 A run whose process was killed may be scheduled again, by a person or an automation, and goes on where it was. One that
-brings its process down every time is not worth another attempt, so attempts are counted here. Prefect does not count
-those that go on after the run was suspended to wait for a person.
+brings its process down every time is not worth another attempt, so attempts are counted here. Going on after the run
+was suspended to wait for a person is no attempt: Prefect does not count it.
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,7 @@ Prefect's server keeps them, and a deployment's trigger names them:
     belt.drift     a scoring run is over a limit of drift; resource belt.output.OUTPUT_URI
     belt.labels    a labelled corpus has changed; resource belt.corpus.CORPUS_URI
 
-An event's id follows from what it tells, so that of one that was told twice the server keeps one.
+An event's id is derived from what it tells, so that the server keeps a repeated event once.
 """
 
 from typing import Any
@@ -34,11 +34,10 @@ def corpus_resource_id(corpus_uri: str) -> str:
 def announce_drift(report: ScoreReport) -> None:
     """Emit `belt.drift` for a run.
 
-    At least once: it is emitted before the run's report is said to be there, and every attempt, also that of another
-    corpus, first makes the reports that are missing; so it does not matter where between the first commit to a table
-    and the report an attempt ended. And once where no attempt ended between the event and the receipt of the report:
-    a report that is there is used again, and tells nobody. Where one did, the second event has the id of the first, and
-    the server keeps one of them.
+    It is told at least once: the event is sent before the receipt of the run's report is written, and every attempt
+    first makes the reports that are missing, so it does not matter where an attempt ended. If it ended between the
+    event and the receipt, the next attempt sends the event again with the same id, and the server keeps one of the
+    two. A report that is there is used again, and tells nobody.
 
     The payload's `data_version` is the same whenever the corpus is, whatever scored it: a retraining that is asked for
     the second time by the same version has nothing to do.

@@ -1,8 +1,8 @@
 """The private Prefect server of a command, for people who have none of their own.
 
 Prefect can start one by itself, but in the command's process group: Ctrl-C in a terminal, or the SIGTERM of `timeout`
-and systemd, then ends the server first, and the command waits for a server that is gone. This one has a session of its
-own. It ends when the pipe from the command closes, so it outlives no command, however that ended.
+and systemd, would end the server before the command has finished. This one has a session of its own, and ends when the
+pipe from the command closes, so it outlives no command, however that ended.
 """
 
 import atexit

@@ -13,7 +13,7 @@ from belt_tasks.progress import StoppedError
 
 EXTRA_LOGGERS = "PREFECT_LOGGING_EXTRA_LOGGERS"
 LOG_FORMAT = "BELT_LOG_FORMAT"
-OF_RUNS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
+RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 
 
 def observe(log_format: str | None = None) -> None:
@@ -25,7 +25,7 @@ def observe(log_format: str | None = None) -> None:
     Raises:
         ConfigError: there is no such format, or a variable of metrics is wrong.
     """
-    for name in OF_RUNS:
+    for name in RUN_LOGGERS:
         logging.getLogger(name).addFilter(_without_traceback)
     if logs.checked_format(log_format or os.environ.get(LOG_FORMAT) or "text") == "json":
         logs.write_json()

@@ -20,7 +20,7 @@ def use_storage_block(name: str | None) -> None:
             `{"s3": {"key": ..., "secret": ..., "endpoint_url": ...}}`, with the names of fsspec.
 
     Raises:
-        ConfigError: there is no such block, or its value is none.
+        ConfigError: there is no such block, or its value is not a JSON object of options.
     """
     if name is not None:
         object_stores.configure(read_storage_block(name))
@@ -30,7 +30,7 @@ def read_storage_block(name: str) -> Options:
     """The options in a Secret block.
 
     Raises:
-        ConfigError: there is no such block, or its value is none.
+        ConfigError: there is no such block, or its value is not a JSON object of options.
     """
     try:
         value = cast("Secret[Any]", Secret.load(name)).get()

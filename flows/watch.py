@@ -18,8 +18,8 @@ def watch(
 ) -> CorpusVersion:
     """Emit the event `belt.labels` for each new version of a corpus; the files are listed, not read.
 
-    The first version that is seen is none that changed: it is noted, and nobody is told. For each other the event is
-    emitted at least once: a version counts as seen after its event was sent.
+    The first version is noted without an event. For each other the event is emitted at least once: a version counts as
+    seen after its event was sent.
 
     Args:
         corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.

@@ -125,6 +125,15 @@ def test_a_process_that_is_killed_is_noticed_and_another_attempt_may_succeed(lab
     fine_tuning.fine_tune_prepared(plan, receipts, CORPUS, spec)
 
 
+def test_what_goes_wrong_here_is_no_other_ranks_fault(labelled_corpus, tiny_encoder, tmp_path):
+    def run_out_of_memory(stage, num_done, _num_more):
+        if stage == "fine-tune" and num_done:
+            raise RuntimeError("out of memory")
+
+    with progress.listen(run_out_of_memory), pytest.raises(RuntimeError, match=r"^out of memory$"):
+        fine_tuned(labelled_corpus, tiny_encoder, tmp_path / "out", SPEC.model_copy(update={"num_devices": 2}))
+
+
 def test_what_another_rank_complains_of_is_told(labelled_corpus, tiny_encoder, tmp_path):
     plan, receipts = prepared(labelled_corpus, tiny_encoder, tmp_path, SPEC)
     job = {

@@ -154,12 +154,12 @@ def test_the_runs_before_one_are_those_that_began_before_it(corpus, tiny_checkpo
     for last, expected in ((4, ids[2:]), (1, ids[:2])):
         found = examples.last_runs(RunRef(output_uri=output, run_id=ids[last]), manifests[last])
         assert found["run_id"].to_list() == expected
-        assert found.columns == examples.OF_RUNS
+        assert found.columns == examples.RUN_COLUMNS
 
 
 def test_a_run_that_was_not_shown_stands_alone(tmp_path):
     started_at = datetime(2026, 1, 2, tzinfo=UTC)
-    run = dict.fromkeys(examples.OF_RUNS) | {"run_id": RUN_ID, "started_at": started_at.isoformat()}
+    run = dict.fromkeys(examples.RUN_COLUMNS) | {"run_id": RUN_ID, "started_at": started_at.isoformat()}
     manifest = Manifest(run=run, rejected_by_reason={}, files=())
 
     found = examples.last_runs(RunRef(output_uri=str(tmp_path), run_id=RUN_ID), manifest)
