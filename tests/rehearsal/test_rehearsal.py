@@ -143,7 +143,7 @@ def test_a_stack_that_runs_is_brought_up_to_date_and_nothing_doubles(rehearsal, 
         ["promote", *(name.partition("/")[2] for name in DEPLOYMENTS)]
     )
     assert len({each.name for each in automations}) == len(automations) == 7
-    with pytest.raises(AssertionError, match="--server-port: the services run with .*, got 1; stop them first"):
+    with pytest.raises(AssertionError, match=r"--server-port: the services run with .*, got 1; stop them first"):
         rehearsal.make("up", "--server-port", "1")
 
 
