@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Self
 
 import obstore
+import psutil
 from obstore.store import S3Store
 
 from belt_tasks.errors import BeltError, ConfigError
@@ -36,6 +37,9 @@ from belt_tasks.specs import Spec
 
 HOST = "127.0.0.1"
 BUCKET = "belt"
+S3_INNER_KEYS = tuple(
+    f"WEED_JWT_{part}_KEY" for part in ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
+)
 POLL_S = 0.2
 PATIENCE_S = 120.0
 HIGHEST_PORT, NEIGHBOUR = 65_535, 10_000
@@ -140,6 +144,8 @@ class Service:
     """What has to be there before the process starts; done again, it changes nothing."""
     needs: tuple[str, ...] = ()
     """Services that have to answer first."""
+    ports: tuple[int, ...] = ()
+    """Where it listens."""
     stop_signal: str = "TERM"
 
 
@@ -148,6 +154,8 @@ def postgres(stack: Stack) -> Service:
     programs = _postgres_programs()
     data, log_in = stack.folder / "postgres", stack.folder / "postgres-password"
     as_user = ["unshare", "--map-user=1000", "--map-group=1000"] if os.geteuid() == 0 else []
+    # asked for anew, since who becomes another user loses it
+    ends_with_parent = ["setpriv", "--pdeathsig", "INT", "--"] if as_user else []
 
     def prepare() -> None:
         if data.exists():
@@ -170,15 +178,19 @@ def postgres(stack: Stack) -> Service:
     settings = {"listen_addresses": HOST, "port": stack.postgres_port, "unix_socket_directories": ""}
     options = [f"--{name}={value}" for name, value in settings.items()]
     return Service(
-        command=[*as_user, str(programs / "postgres"), "-D", str(data), *options],
+        command=[*as_user, *ends_with_parent, str(programs / "postgres"), "-D", str(data), *options],
         answers=answers,
         prepare=prepare,
+        ports=(stack.postgres_port,),
         stop_signal="INT",  # ends connections; TERM would wait for them
     )
 
 
 def s3(stack: Stack) -> Service:
-    """SeaweedFS from a wheel, with a key that it enforces."""
+    """SeaweedFS from a wheel, with a key that it enforces.
+
+    Where its inner parts speak HTTP they ask for a key of this start alone; where they speak gRPC they ask nobody.
+    """
     folder = stack.folder / "s3"
     identity = {
         "name": "belt",
@@ -193,7 +205,9 @@ def s3(stack: Stack) -> Service:
     return Service(
         command=s3_command(folder, stack.s3_port, *stack.s3_inner_ports),
         answers=lambda: _answers(stack.s3_url),
+        environment=dict.fromkeys(S3_INNER_KEYS, secrets.token_urlsafe(30)),
         prepare=prepare,
+        ports=(stack.s3_port, *stack.s3_inner_ports),
         stop_signal="KILL",  # what it has confirmed is on disk; an orderly end takes ten seconds
     )
 
@@ -249,6 +263,7 @@ def server(stack: Stack) -> Service:
         command=[*_prefect("server", "start"), f"--host={HOST}", f"--port={stack.server_port}"],
         answers=lambda: _answers(f"{stack.api_url}/health"),
         needs=("postgres",),
+        ports=(stack.server_port,),
         environment=stack.environment
         | {
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{login}/postgres",
@@ -350,6 +365,14 @@ def _answers(url: str) -> bool:
         return error.code < 500  # noqa: PLR2004 - server errors begin there
     except (OSError, http.client.HTTPException):  # another program's port
         return False
+
+
+def listener(port: int) -> int | None:
+    """The process that listens at a port of this machine: its id, 0 of another user's; None where none does."""
+    for found in psutil.net_connections("tcp"):
+        if found.status == psutil.CONN_LISTEN and found.laddr.port == port:
+            return found.pid or 0
+    return None
 
 
 def _is_free(port: int) -> bool:

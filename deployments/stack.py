@@ -8,32 +8,26 @@
 supervisord keeps the services running: one that ends is started again, and waits for those that it needs.
 """
 
-import configparser
-import hashlib
+import fcntl
 import json
 import os
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
-import tempfile
-import xmlrpc.client
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from supervisor.xmlrpc import SupervisorTransport
 
 from belt_tasks.errors import BeltError, ConfigError
+from deployments import supervision
 from deployments.services import BUCKET, HOST, SERVICES, Stack, make_bucket, wait_until
 
 ROOT = Path(__file__).parents[1]
-STOP_S = 60.0  # a run that is under way ends with its worker, in order
-LONGEST_LOG_BYTES = 10_000_000
-TAIL_BYTES = 1000
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,26 +53,57 @@ def up(
     asked["late_after_s"] = late_after_s
     chosen = {name: value for name, value in asked.items() if value is not None}
     folder = folder.resolve()
-    if chosen and (folder / "stack.json").exists():
-        _check_unchanged(Stack.at(folder), chosen)
-    stack = Stack.make(folder, **chosen)
-    started_at = None if _runs(stack) else datetime.now(UTC)
-    if started_at is not None:
-        _start_supervisor(stack)
-    for name in SERVICES:
-        typer.echo(f"{name} ...", nl=False)
-        _wait_for(stack, name)
-        typer.echo(" runs")
-    make_bucket(BUCKET, endpoint=stack.s3_url, key=stack.s3_key, secret=stack.s3_secret)
-    _deploy(stack)
-    if started_at is not None:
-        _take_up(stack, before=started_at)
+    try:
+        with _one_at_a_time(folder):
+            stack = _bring_up(folder, chosen)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. What was started runs on: `make up` goes on, `make down` stops it.", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    of_folder = "" if folder == HOME else f" --folder {shlex.quote(str(folder))}"
     typer.echo(
         f"\nPrefect: http://{HOST}:{stack.server_port}\n"
         f"S3:      {stack.s3_url}, bucket s3://{BUCKET}/\n"
         f"Logs:    {stack.folder / 'logs'}\n\n"
-        f'In a shell: eval "$({shlex.quote(sys.executable)} -m deployments.stack env)"'
+        f'In a shell: eval "$({shlex.quote(sys.executable)} -m deployments.stack env{of_folder})"'
     )
+
+
+def _bring_up(folder: Path, chosen: dict[str, int]) -> Stack:
+    if chosen and (folder / "stack.json").exists():
+        _check_unchanged(Stack.at(folder), chosen)
+    stack = Stack.make(folder, **chosen)
+    if not supervision.runs(stack):
+        supervision.check_ports(stack)
+        _started_file(stack).write_text(datetime.now(UTC).isoformat(), encoding="ascii")
+        supervision.start(stack)
+    for name in SERVICES:
+        typer.echo(f"{name} ...", nl=False)
+        supervision.wait_for(stack, name)
+        typer.echo(" runs")
+    make_bucket(BUCKET, endpoint=stack.s3_url, key=stack.s3_key, secret=stack.s3_secret)
+    _deploy(stack)
+    if _started_file(stack).exists():  # also where the `up` that started all was interrupted
+        _take_up(stack, before=datetime.fromisoformat(_started_file(stack).read_text(encoding="ascii")))
+        _started_file(stack).unlink()
+    return stack
+
+
+def _started_file(stack: Stack) -> Path:
+    """When everything was started, until the runs that were under way before go on."""
+    return stack.folder / "started-at"
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Nobody else starts or stops the services of a folder within the block."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            typer.echo("Another `make up` or `make down` is under way; waiting for its end ...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _check_unchanged(stack: Stack, chosen: dict[str, int]) -> None:
@@ -89,7 +114,7 @@ def _check_unchanged(stack: Stack, chosen: dict[str, int]) -> None:
     """
     for name, value in chosen.items():
         kept = getattr(stack, name)
-        if kept != value and _runs(stack):
+        if kept != value and supervision.runs(stack):
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: the services run with {kept}, got {value}; stop them first (`make down`)")
 
@@ -98,29 +123,25 @@ def _check_unchanged(stack: Stack, chosen: dict[str, int]) -> None:
 def down(folder: Folder = HOME) -> None:
     """Stop all services; what they keep stays, and runs under way go on after the next `up`."""
     stack = Stack.at(folder.resolve())
-    with supervised(stack) as supervisor:
-        if supervisor is None:
+    with _one_at_a_time(stack.folder):
+        if not supervision.stop(stack):
             typer.echo("Nothing runs.")
             return
-        process_id = supervisor.getPID()
-        supervisor.shutdown()
-    wait_until("supervisord did not end", lambda: not _lives(process_id), patience_s=STOP_S * (len(SERVICES) + 1))
-    shutil.rmtree(_socket(stack).parent)
     typer.echo(f"Stopped. What it keeps is in {stack.folder}.")
 
 
 @app.command()
 def status(folder: Folder = HOME) -> None:
-    """Say how each service does; the exit code is 1 where one does not answer."""
+    """Say how each service does; the exit code is 1 where one does not do its work."""
     stack = Stack.at(folder.resolve())
-    all_answer = True
-    with supervised(stack) as supervisor:
-        for name, service in SERVICES.items():
+    all_serve = True
+    with supervision.supervised(stack) as supervisor:
+        for name in SERVICES:
             state = "STOPPED" if supervisor is None else supervisor.getProcessInfo(name)["statename"]
-            answers = supervisor is not None and service(stack).answers()
-            all_answer = all_answer and answers
-            typer.echo(f"{name:12} {state:10} {'answers' if answers else 'does not answer'}")
-    raise typer.Exit(0 if all_answer else 1)
+            problem = "does not answer" if supervisor is None else supervision.problem_of(stack, name, supervisor)
+            all_serve = all_serve and problem is None
+            typer.echo(f"{name:12} {state:10} {problem or 'answers'}")
+    raise typer.Exit(0 if all_serve else 1)
 
 
 @app.command()
@@ -149,64 +170,8 @@ def run(name: str, folder: Folder = HOME) -> None:
         wait_until(f"{name}: {needed} did not answer", SERVICES[needed](stack).answers)
     service.prepare()
     os.environ.update(service.environment)
+    supervision.end_with_parent(signal.Signals[f"SIG{service.stop_signal}"])
     os.execvp(service.command[0], service.command)  # noqa: S606 - one of our own
-
-
-def _start_supervisor(stack: Stack) -> None:
-    """Start supervisord, which goes to the background and starts the services."""
-    logs = stack.folder / "logs"
-    logs.mkdir(exist_ok=True)
-    config = configparser.RawConfigParser()
-    config["supervisord"] = {
-        "logfile": str(logs / "supervisord.log"),
-        "pidfile": str(stack.folder / "supervisord.pid"),
-        "childlogdir": str(logs),
-        "identifier": "belt",
-    }
-    config["unix_http_server"] = {"file": str(_socket(stack)), "chmod": "0600"}
-    config["rpcinterface:supervisor"] = {
-        "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
-    }
-    for priority, (name, service) in enumerate(SERVICES.items(), start=1):
-        config[f"program:{name}"] = {
-            "command": shlex.join(
-                [sys.executable, "-m", "deployments.stack", "run", name, "--folder", str(stack.folder)]
-            ),
-            "directory": str(ROOT),
-            "priority": str(priority),
-            "startsecs": "1",
-            "startretries": "1000000",  # it goes on trying; `status` tells
-            "autorestart": "true",
-            "stopsignal": service(stack).stop_signal,
-            "stopwaitsecs": f"{STOP_S:.0f}",
-            "stopasgroup": "false",
-            "killasgroup": "true",
-            "redirect_stderr": "true",
-            "stdout_logfile": str(logs / f"{name}.log"),
-            "stdout_logfile_maxbytes": str(LONGEST_LOG_BYTES),
-            "stdout_logfile_backups": "3",
-        }
-    path = stack.folder / "supervisord.conf"
-    with path.open("w", encoding="utf-8") as file:
-        config.write(file)
-    done = subprocess.run(
-        [sys.executable, "-m", "supervisor.supervisord", "-c", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
-    )
-    if done.returncode:
-        raise BeltError(f"supervisord did not start: {' '.join((done.stdout + done.stderr).split())[-TAIL_BYTES:]}")
-    wait_until("supervisord did not answer", lambda: _runs(stack))
-
-
-def _wait_for(stack: Stack, name: str) -> None:
-    try:
-        wait_until("it did not answer", SERVICES[name](stack).answers)
-    except BeltError as error:
-        log = (stack.folder / "logs" / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-TAIL_BYTES:]
-        raise BeltError(f"{name}: {error}; its log ends with: {log}") from error
 
 
 def _deploy(stack: Stack) -> None:
@@ -266,43 +231,6 @@ def _write_example(stack: Stack) -> dict[str, str]:
         "BELT_MODELS_URI": f"s3://{BUCKET}/models",
         "BELT_ENCODER": str(demo.demo_encoder()),
     }
-
-
-@contextmanager
-def supervised(stack: Stack) -> Iterator[Any]:
-    """The running supervisord's own commands, such as `getProcessInfo(name)`; None where none runs."""
-    transport = SupervisorTransport(None, None, f"unix://{_socket(stack)}")
-    with xmlrpc.client.ServerProxy(f"http://{HOST}", transport=transport) as proxy:
-        try:
-            proxy.supervisor.getState()
-        except OSError:
-            yield None
-            return
-        yield proxy.supervisor
-
-
-def _runs(stack: Stack) -> bool:
-    with supervised(stack) as supervisor:
-        return supervisor is not None
-
-
-def _socket(stack: Stack) -> Path:
-    """In a folder of its own under the temporary one, since paths of sockets must be short."""
-    name = hashlib.sha256(str(stack.folder).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"belt-{name}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(f"{folder}: must be this user's alone, for the socket of supervisord")
-    return folder / "supervisor.sock"
-
-
-def _lives(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from deployments import stack as stacks
+from deployments import supervision
 from deployments.services import Stack
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +52,18 @@ class Rehearsal:
 
     def make(self, verb: str, *arguments: str, **more: str) -> str:
         """A command of the stack's."""
-        folder = ("--folder", str(self.stack.folder))
-        return self.command(sys.executable, "-m", "deployments.stack", verb, *folder, *arguments, **more)
+        return self.command(*self._of_stack(verb), *arguments, **more)
+
+    @contextmanager
+    def started(self, verb: str, **more: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A command of the stack's that goes on."""
+        with subprocess.Popen(
+            self._of_stack(verb), env=self.environment | more, cwd=ROOT, stdout=subprocess.DEVNULL
+        ) as process:
+            yield process
+
+    def _of_stack(self, verb: str) -> list[str]:
+        return [sys.executable, "-m", "deployments.stack", verb, "--folder", str(self.stack.folder)]
 
     def trigger(self, deployment: str, **parameters: Any) -> UUID:
         """A run, by the command line."""
@@ -101,12 +112,12 @@ class Rehearsal:
 
     def service(self, name: str) -> psutil.Process:
         """A service's process."""
-        with stacks.supervised(self.stack) as supervisor:
+        with supervision.supervised(self.stack) as supervisor:
             return psutil.Process(supervisor.getProcessInfo(name)["pid"])
 
     def supervisor(self) -> psutil.Process:
         """The process that keeps the services running."""
-        with stacks.supervised(self.stack) as supervisor:
+        with supervision.supervised(self.stack) as supervisor:
             return psutil.Process(supervisor.getPID())
 
     def process_of(self, run_id: UUID) -> psutil.Process:

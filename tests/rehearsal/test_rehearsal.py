@@ -6,6 +6,7 @@ beginning, go on while the other tests run, and are looked at in the end.
 
 import itertools
 import json
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from belt_tasks import registry, score_tables, storage
 from belt_tasks.score_corpus import score_corpus
-from deployments import stack as stacks
+from deployments import supervision
 from tests.browser import Watch, launched
 from tests.conftest import labelled_rows
 from tests.integration.fault_runs import assert_same, comparable, entity_tags, finished_objects, read
@@ -313,12 +314,12 @@ def test_who_wants_to_be_told_is_told_once_of_a_run_that_failed(rehearsal, recei
 
 
 def test_who_wants_to_be_told_is_told_of_a_run_that_nobody_takes(rehearsal, receiver):
-    with stacks.supervised(rehearsal.stack) as supervisor:
+    with supervision.supervised(rehearsal.stack) as supervisor:
         supervisor.stopProcess("worker-cpu")
     run_id = rehearsal.trigger("preview/preview")
     run = rehearsal.wait(run_id, "Late")
     wait_until(lambda: receiver.subjects_of(run.name))
-    with stacks.supervised(rehearsal.stack) as supervisor:
+    with supervision.supervised(rehearsal.stack) as supervisor:
         supervisor.startProcess("worker-cpu")
 
     assert receiver.subjects_of(run.name) == ["belt: preview is Late"]
@@ -359,16 +360,25 @@ def test_the_gpu_holds_one_model_at_a_time(rehearsal):
         assert end <= start
 
 
-def test_stopped_and_started_again_nothing_is_lost(rehearsal, stores, expected):  # noqa: ARG001
-    output = "s3://belt/stopped"
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_stopped_and_started_again_nothing_is_lost(rehearsal, stores, expected, how):  # noqa: ARG001
+    """Also where what supervises all is killed, and where the first attempt to start again is interrupted."""
+    output = f"s3://belt/{how}"
     run_id = rehearsal.trigger("score/score-on-demand", output_uri=output)
     wait_until(lambda: sum("/receipts/" in path for path in entity_tags(output)) >= SOME_SHARDS, rehearsal.logs)
     supervisor = rehearsal.supervisor()
     processes = [supervisor, *supervisor.children(recursive=True)]
 
-    rehearsal.make("down")
+    if how == "stopped":
+        rehearsal.make("down")
+    else:
+        supervisor.kill()
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []
+    with rehearsal.started("up", **rehearsal.site) as interrupted:
+        wait_until(lambda: supervision.runs(rehearsal.stack))
+        interrupted.send_signal(signal.SIGINT)
+        assert interrupted.wait(60) == 128 + signal.SIGINT
     rehearsal.make("up", **rehearsal.site)
     rehearsal.wait(run_id, "Completed")
 
