@@ -128,8 +128,11 @@ def check_apart(corpus_uri: str, output_uri: str) -> None:
     """Refuse an output among the files of its corpus, which the next run would read.
 
     Raises:
-        ConfigError: it is there.
+        ConfigError: it is there, or one of the two is empty.
     """
+    for name, uri in (("corpus_uri", corpus_uri), ("output_uri", output_uri)):
+        if not uri.strip():
+            raise ConfigError(f"{name}: must be a path or a URL, got {uri!r}")
     corpus, output = storage.absolute(corpus_uri).rstrip("/"), storage.absolute(output_uri).rstrip("/")
     if output == corpus or output.startswith(f"{corpus}/"):
         raise ConfigError(

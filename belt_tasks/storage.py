@@ -380,6 +380,7 @@ def check_writable(uri: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
+    _resolve(uri)  # before a name is added to what may be none
     probe = join(uri, f".belt-probe-{uuid.uuid4().hex}")
     try:
         write_bytes(probe, b"")
@@ -407,7 +408,11 @@ def sha256_of_file(path: Path) -> str:
 
 def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     protocol, path = fsspec.core.split_protocol(uri)
+    if not path.strip() or (protocol in object_stores.FAMILIES and not path.strip("/")):
+        raise ConfigError(f"{uri!r}: names no place; give a path, or a URL with a bucket")
     if protocol in object_stores.FAMILIES:
+        if {".", ".."} & set(path.split("/")):
+            raise ConfigError(f"{uri}: '.' and '..' lead nowhere in an object store; write the path without them")
         return object_stores.filesystem(protocol), path.rstrip("/")
     try:
         filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111 - a URI, not yet a path

@@ -14,11 +14,12 @@ from pydantic import Field
 
 from belt_tasks import logs, progress
 from belt_tasks.errors import ConfigError
-from flows.observation import observe
+from flows.observation import hide_tracebacks_of_mistakes, observe
 from flows.progress_artifact import progress_artifact
 from flows.storage_block import use_storage_block
 
 MOST_ATTEMPTS = 5
+hide_tracebacks_of_mistakes()  # here, since Prefect checks parameters before a flow begins
 Seconds = Annotated[float, Field(gt=0)]
 
 

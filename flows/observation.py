@@ -13,6 +13,8 @@ from belt_tasks.progress import StoppedError
 
 EXTRA_LOGGERS = "PREFECT_LOGGING_EXTRA_LOGGERS"
 LOG_FORMAT = "BELT_LOG_FORMAT"
+WRONG_PARAMETERS = {"ParameterTypeError", "ParameterBindError", "SignatureMismatchError"}
+"""Errors of Prefect's, by name: to import them takes a second."""
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 
 
@@ -25,8 +27,6 @@ def observe(log_format: str | None = None) -> None:
     Raises:
         ConfigError: there is no such format, or a variable of metrics is wrong.
     """
-    for name in RUN_LOGGERS:
-        logging.getLogger(name).addFilter(_without_traceback)
     if logs.checked_format(log_format or os.environ.get(LOG_FORMAT) or "text") == "json":
         logs.write_json()
     if goes_to_prefect():  # which copies handlers to the loggers, but no level
@@ -34,9 +34,20 @@ def observe(log_format: str | None = None) -> None:
     telemetry.start()
 
 
+def hide_tracebacks_of_mistakes() -> None:
+    """See that a user's mistake is a sentence in the log of its run; done again, nothing changes."""
+    for name in RUN_LOGGERS:
+        logging.getLogger(name).addFilter(_without_traceback)
+
+
 def _without_traceback(record: logging.LogRecord) -> bool:
     """What belt says of a mistake is the whole story: where in the code it says so helps nobody to mend it."""
-    if record.exc_info and isinstance(record.exc_info[1], (BeltError, StoppedError)):
+    if record.exc_info is None or record.exc_info[1] is None:
+        return True
+    error = record.exc_info[1]
+    if type(error).__name__ in WRONG_PARAMETERS:
+        record.msg, record.args = str(error), ()  # instead of "unexpected exception"
+    if isinstance(error, (BeltError, StoppedError)) or type(error).__name__ in WRONG_PARAMETERS:
         record.exc_info = record.exc_text = None
     return True
 

@@ -69,6 +69,32 @@ def test_a_mistake_is_a_sentence_in_the_log_of_its_run(client, tiny_checkpoint, 
     assert "Traceback" not in done.stderr
 
 
+CONTRADICTION = """
+import sys
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.logging.loggers import flow_run_logger
+from flows.score import score
+with get_client(sync_client=True) as client:
+    run = client.create_flow_run(score, parameters=dict(
+        corpus_uri="a", checkpoint_uri="b", output_uri="c", spec={"full": True, "publish_every": 5}
+    ) if sys.argv[1] == "spec" else {"corpus_uri": "a"})
+print(run.id, flush=True)
+run_flow(score, flow_run=run, error_logger=flow_run_logger(run, score))
+"""
+
+
+@pytest.mark.parametrize(("which", "words"), [("spec", "publish_every"), ("missing", "checkpoint_uri")])
+def test_parameters_that_contradict_each_other_are_a_sentence_too(client, which, words):
+    done = run(sys.executable, "-c", CONTRADICTION, which, **TO_PREFECT)
+    flow_run_id = UUID(done.stdout.strip())
+
+    found = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id])), limit=200)
+
+    assert any(words in record.message for record in found)
+    assert not [record.message for record in found if "Traceback" in record.message]
+
+
 @pytest.mark.parametrize("how", ["option", "environment"])
 def test_a_command_writes_json_lines_alone(arguments, how):
     given = ["--log-format", "json"] if how == "option" else []

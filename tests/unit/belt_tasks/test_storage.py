@@ -368,6 +368,22 @@ def test_an_unknown_protocol_is_named():
         storage.absolute("nope://bucket/x")
 
 
+@pytest.mark.parametrize("uri", ["", " ", "s3://", "s3:///", "file://"])
+def test_an_address_of_no_place_is_refused(uri):
+    for call in (storage.absolute, storage.exists, storage.check_writable, storage.read_bytes):
+        with pytest.raises(ConfigError, match=f"^{uri!r}: names no place; give a path, or a URL with a bucket$"):
+            call(uri)
+    with pytest.raises(ConfigError, match="names no place"):
+        storage.list_files(uri, suffix=".parquet")
+
+
+@pytest.mark.parametrize("path", ["corpus/../x", "..", "a/./b", "../../x"])
+def test_a_path_of_an_object_store_goes_nowhere_else(path):
+    for call in (storage.absolute, storage.exists, storage.check_writable, storage.read_bytes):
+        with pytest.raises(ConfigError, match=r"^s3://bucket/.*: '\.' and '\.\.' lead nowhere in an object store"):
+            call(f"s3://bucket/{path}")
+
+
 def test_a_protocol_whose_package_is_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(known_implementations, "absent", {"class": "absent_fs.Fs", "err": "Install absent_fs"})
 
