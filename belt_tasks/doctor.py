@@ -8,6 +8,7 @@ secret: credentials of a URL are left out, and of configuration only names are t
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -37,6 +38,19 @@ LEAST_MEMORY_BYTES = 2 * GIB  # MiniLM, the command and its private server take 
 LEAST_FREE_BYTES = 2 * GIB  # a shard's tables, or a checkpoint from a store, lie there for a while
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 CAN_COMMIT = "can be written, read, listed and deleted in; of two conditional puts the second is refused"
+
+
+ADVICE = (
+    ("No space left|File too large|quota", "free some space, or choose another place"),
+    (
+        "SignatureDoesNotMatch|InvalidAccessKey|keys are wrong|not authenticated|no credentials",
+        "check the keys: those of the storage block, of fsspec's configuration, or of the environment, in this order",
+    ),
+    ("Read-only|ermission denied|cannot be written|ccess ?[Dd]enied", "choose a place that this user may write to"),
+    ("no such file|no such directory|files there", "check the spelling; whatever runs elsewhere needs the place there"),
+)
+"""What to do, by what is wrong."""
+LEAST_FREE_BYTES = GIB
 
 
 class Finding(Spec):
@@ -293,6 +307,7 @@ def check_output(uri: str) -> Finding:
         if [file.uri.rpartition("/")[2] for file in storage.list_files(folder, suffix="probe")] != ["probe"]:
             raise ConfigError(f"{uri}: what was written is not listed")
         takes_two = storage.create_bytes(once, b"first") and storage.create_bytes(once, b"second")
+        free_bytes = None if "://" in uri else shutil.disk_usage(folder).free
     finally:
         storage.remove_files([probe, once])
         storage.remove_empty_directories([folder] if was_there else [folder, uri])
@@ -304,6 +319,13 @@ def check_output(uri: str) -> Finding:
             status="problem",
             found=f"{uri}: the store puts an object although one is there (it ignores If-None-Match)",
             advice="choose a store with conditional puts: two runs at once could otherwise both be published",
+        )
+    if free_bytes is not None and free_bytes < LEAST_FREE_BYTES:
+        return Finding(
+            check="output",
+            status="warning",
+            found=f"{uri}: {free_bytes / GIB:.2f} GiB are free",
+            advice="free some space, or choose another output: a night writes some hundred bytes for each document",
         )
     return Finding(check="output", status="ok", found=f"{uri}: {CAN_COMMIT}")
 
@@ -318,7 +340,8 @@ def _carried_out(name: str, check: Callable[[], Finding]) -> Finding:
 
 def _problem(name: str, error: Exception) -> Finding:
     words = str(error) if isinstance(error, BeltError) else f"unexpected {type(error).__name__}: {error}"
-    return Finding(check=name, status="problem", found=without_credentials(words))
+    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, words)), None)
+    return Finding(check=name, status="problem", found=without_credentials(words), advice=advice)
 
 
 def _bound(check: Callable[[str], Finding], uri: str) -> Callable[[], Finding]:

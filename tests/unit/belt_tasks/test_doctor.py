@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,32 @@ def test_an_output_that_may_only_be_read_is_a_problem(s3, s3_root, monkeypatch):
     assert found.found.startswith(f"cannot write {s3_root}/.belt-doctor-")
     assert "Access Denied" in found.found
     assert "secret" not in found.found
+    assert found.advice == "choose a place that this user may write to"
+
+
+def test_wrong_keys_are_a_problem_with_advice(s3_root, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    object_stores.configure({})
+
+    found = of_place(output_uri=s3_root)
+
+    assert (found.status, found.advice[:15]) == ("problem", "check the keys:")
+
+
+def test_a_place_that_is_not_there_is_a_problem_with_advice(tmp_path):
+    found = of_place(corpus_uri=str(tmp_path / "corpus"))
+
+    assert (found.status, found.advice[:18]) == ("problem", "check the spelling")
+
+
+def test_a_full_disk_is_told_before_a_night_finds_out(tmp_path, monkeypatch):
+    free = SimpleNamespace(free=2**20)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: free)
+
+    found = of_place(output_uri=str(tmp_path))
+
+    assert (found.status, found.found) == ("warning", f"{tmp_path}: 0.00 GiB are free")
+    assert found.advice.startswith("free some space")
 
 
 def test_a_store_that_ignores_conditions_is_a_problem(s3, s3_root, monkeypatch):
