@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from belt_tasks import encoder, publishing, registry, storage
+from belt_tasks import encoder, heads, publishing, registry, storage
+from belt_tasks.calibration import Calibration
 from belt_tasks.engine import ChunkEncoder, build_encoder
 from belt_tasks.errors import ConfigError
 from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Precision, Spec
@@ -48,12 +49,15 @@ class CheckpointCard(Spec):
     """Windows that it was fine-tuned with."""
     pooling: PoolingSpec
     """Pooling that it was fine-tuned with."""
+    calibration: Calibration | None = None
+    """What pooled logits go through before they become probabilities; None leaves them."""
     digest: str
-    """sha256 over the head, chunks and pooling above and all other files, 64 hex digits."""
+    """sha256 over what is above and all other files, 64 hex digits."""
     data_fingerprint: str
     """Hash of the training documents, in order."""
     metrics: dict[str, Any]
-    """Metrics of the best epoch on the held-out documents."""
+    """Metrics of the best epoch on the held-out documents, as the checkpoint scores them; `uncalibrated` has what
+    calibration changed."""
     training: dict[str, Any]
     """The TrainSpec that made it."""
 
@@ -71,7 +75,13 @@ class Checkpoint:
     digest: str
     """64 hex digits that change when weights, tokenizer or config do."""
     uri: str
+    calibration: Calibration | None = None
     _encoders: dict[tuple[str, Precision], ChunkEncoder] = field(default_factory=dict)
+
+    def scores(self, logits_DL: Tensor) -> Tensor:
+        """Calibrated probabilities of pooled logits, float64 [D, len(labels)]; of regression the values."""
+        logits_DL = logits_DL.double()
+        return heads.scores(logits_DL if self.calibration is None else self.calibration.of(logits_DL), self.head)
 
     def encoder(self, device: torch.device, precision: Precision) -> ChunkEncoder:
         """The model made ready for a device; built once."""
@@ -92,6 +102,7 @@ def save_checkpoint(
     data_fingerprint: str,
     metrics: dict[str, Any],
     training: dict[str, Any],
+    calibration: Calibration | None = None,
 ) -> CheckpointCard:
     """Write a checkpoint directory; the card goes last."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +117,8 @@ def save_checkpoint(
             head=head,
             chunks=chunks,
             pooling=pooling,
-            digest=_digest(local, head, chunks, pooling),
+            calibration=calibration,
+            digest=_digest(local, head, chunks, pooling, calibration),
             data_fingerprint=data_fingerprint,
             metrics=metrics,
             training=training,
@@ -184,6 +196,7 @@ def load_checkpoint(uri: str) -> Checkpoint:
             head=card.head,
             chunks=card.chunks,
             pooling=card.pooling,
+            calibration=card.calibration,
             digest=digest,
             uri=uri,
         )
@@ -265,10 +278,11 @@ def file_names(folder: Path) -> list[str]:
 
 
 def _digest_with(card: CheckpointCard | None, folder: Path) -> str:
-    return _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling)
+    return _digest(folder) if card is None else _digest(folder, card.head, card.chunks, card.pooling, card.calibration)
 
 
-def _digest(folder: Path, *card: Spec) -> str:
+def _digest(folder: Path, *card: Spec | None) -> str:
     """Over every file but the card, and over what the card says that decides scores and their names."""
     files = storage.sha256_of_files(folder, [name for name in file_names(folder) if name != CARD_NAME])
-    return hashlib.sha256("\n".join([files, *(spec.model_dump_json() for spec in card)]).encode()).hexdigest()
+    said = [spec.model_dump_json() for spec in card if spec is not None]
+    return hashlib.sha256("\n".join([files, *said]).encode()).hexdigest()

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from belt_tasks import (
+    calibration,
     data_parallel,
     encoder,
     gradient,
@@ -25,6 +27,7 @@ from belt_tasks import (
     storage,
 )
 from belt_tasks.batches import MiniBatch, collate, plan_batches
+from belt_tasks.calibration import Calibration
 from belt_tasks.checkpoint import CARD_NAME, CheckpointCard, save_checkpoint
 from belt_tasks.data_parallel import ALONE, Ranks
 from belt_tasks.encoder import ChunkModel
@@ -52,7 +55,7 @@ class Epoch(Spec):
     training_loss: float
     """Mean over documents, while the weights moved."""
     validation: dict[str, Any] | None
-    """Loss and metrics on the held-out documents after the epoch; None without any."""
+    """Loss and metrics on the held-out documents after the epoch, not calibrated; None without any."""
 
 
 class FineTuningReceipt(Spec):
@@ -67,6 +70,10 @@ class FineTuningReceipt(Spec):
     epochs: tuple[Epoch, ...]
     best_epoch: int
     """The one that was kept: least validation loss; the last without validation documents."""
+    calibration: Calibration | None = None
+    """Of the one that was kept; None where probabilities are left as they are."""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    """Those of the checkpoint's card."""
     num_chunks: int
     """Chunks of the training and validation documents."""
     num_tokens_scored: int
@@ -119,15 +126,34 @@ class Trainer:
         )
         return scaled / (weight * scale(torch.ones((), device=self.device)).item())
 
-    def evaluate(self, documents: Int64) -> dict[str, Any]:
-        """Loss and metrics on some documents, in eval mode."""
-        head, target = self.training_set.head, self.training_set.target[documents]
+    def evaluate(self, documents: Int64) -> tuple[Tensor, dict[str, Any]]:
+        """Pooled logits [D, L] of some documents, in eval mode and on the CPU; their loss and metrics."""
+        head = self.training_set.head
         mine = self.ranks.share(documents)
         logits = self._logits(mine) if len(mine) else torch.zeros(0, head.num_logits)
         logits_DL = self.ranks.gather(logits, num_rows=len(documents))
+        return logits_DL, self.measure(logits_DL, documents)
+
+    def measure(self, logits_DL: Tensor, documents: Int64, calibrated_by: Calibration | None = None) -> dict[str, Any]:
+        """Loss and metrics of pooled logits of some documents."""
+        head, target = self.training_set.head, self.training_set.target[documents]
+        if calibrated_by is not None:
+            logits_DL = calibrated_by.of(logits_DL)
         loss = heads.loss(logits_DL, torch.from_numpy(target), head).item()
         scores_DL = heads.scores(logits_DL.double(), head).numpy()
         return {"loss": loss, **metrics.task_metrics(head.task, target, scores_DL, head.labels)}
+
+    def calibrate(self, logits_DL: Tensor, documents: Int64) -> tuple[Calibration | None, dict[str, Any]]:
+        """The calibration of pooled logits of documents held out, and their metrics with it.
+
+        Where there is one, `uncalibrated` among the metrics has the loss and the calibration error without it.
+        """
+        target, head = self.training_set.target[documents], self.training_set.head
+        found = None if self.spec.calibration == "none" else calibration.fit(logits_DL.double().numpy(), target, head)
+        before, after = self.measure(logits_DL, documents), self.measure(logits_DL, documents, found)
+        if found is None:
+            return None, before
+        return found, after | {"uncalibrated": {name: before[name] for name in ("loss", "log_loss", "ece")}}
 
     def _logits(self, documents: Int64) -> Tensor:
         """Pooled logits [D, L] of documents, on the CPU."""
@@ -194,7 +220,7 @@ def fine_tune(
     with clock.time("training"):
         fitted = fit(training_set, spec, encoder_source=encoder_source, ranks=ranks)
     trainer, epochs, best = fitted.trainer, fitted.epochs, fitted.best
-    card = _save(trainer, epochs[best], encoder_source=encoder_source, checkpoint_uri=checkpoint_uri)
+    card = _save(fitted, encoder_source=encoder_source, checkpoint_uri=checkpoint_uri)
     windows = trainer.windows
     return FineTuningReceipt(
         checkpoint_uri=checkpoint_uri,
@@ -205,6 +231,8 @@ def fine_tune(
         num_validation_documents=fitted.num_validation_documents,
         epochs=tuple(epochs),
         best_epoch=best + 1,
+        calibration=card.calibration,
+        metrics=card.metrics,
         num_chunks=windows.num_chunks,
         num_tokens_scored=int(windows.new_tokens_C().sum()),
         num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),
@@ -220,6 +248,9 @@ class Fitted:
     epochs: list[Epoch]
     best: int
     """Position of the best one."""
+    calibration: Calibration | None
+    metrics: dict[str, Any]
+    """Of the best one on the documents held out, calibrated; empty without any."""
     num_training_documents: int
     num_validation_documents: int
 
@@ -237,11 +268,14 @@ def fit(training_set: TrainingSet, spec: TrainSpec, *, encoder_source: str, rank
         )
     if ranks.rank:
         torch.manual_seed(spec.seed + ranks.rank)  # the same weights, but dropout of its own
-    best, epochs = _train(trainer, training, validation)
+    best, epochs, logits_DL = _train(trainer, training, validation)
+    found, measured = (None, {}) if logits_DL is None else trainer.calibrate(logits_DL, validation)
     return Fitted(
         trainer=trainer,
         epochs=epochs,
         best=best,
+        calibration=found,
+        metrics=measured,
         num_training_documents=len(training),
         num_validation_documents=len(validation),
     )
@@ -381,24 +415,30 @@ def epoch_order(num_documents: int, *, seed: int, epoch: int) -> Int64:
     return np.random.default_rng([seed, epoch]).permutation(num_documents)
 
 
-def _train(trainer: Trainer, training: Int64, validation: Int64) -> tuple[int, list[Epoch]]:
-    """Train and leave the best epoch's weights in the model; returns its position and all epochs."""
+def _train(trainer: Trainer, training: Int64, validation: Int64) -> tuple[int, list[Epoch], Tensor | None]:
+    """Train and leave the best epoch's weights in the model.
+
+    Returns:
+        Its position, all epochs, and the best one's pooled logits of the validation documents, where there are any.
+    """
     epochs: list[Epoch] = []
-    best, least, weights = 0, math.inf, None
+    best, least, weights, best_logits_DL = 0, math.inf, None, None
     for position, losses in enumerate(train_epochs(trainer, training)):
-        measured = trainer.evaluate(validation) if len(validation) else None
+        logits_DL, measured = trainer.evaluate(validation) if len(validation) else (None, None)
         epochs.append(
             Epoch(number=position + 1, training_loss=_mean_loss(losses, len(training), trainer), validation=measured)
         )
         if measured is None or measured["loss"] < least:
             best, least = position, math.inf if measured is None else measured["loss"]
+            best_logits_DL = logits_DL
             weights = copy.deepcopy({name: weight.cpu() for name, weight in trainer.model.state_dict().items()})
     if weights is not None:
         trainer.model.load_state_dict(weights)
-    return best, epochs
+    return best, epochs, best_logits_DL
 
 
-def _save(trainer: Trainer, best: Epoch, *, encoder_source: str, checkpoint_uri: str) -> CheckpointCard:
+def _save(fitted: Fitted, *, encoder_source: str, checkpoint_uri: str) -> CheckpointCard:
+    trainer = fitted.trainer
     return save_checkpoint(
         trainer.model,
         checkpoint_uri,
@@ -407,8 +447,9 @@ def _save(trainer: Trainer, best: Epoch, *, encoder_source: str, checkpoint_uri:
         chunks=trainer.spec.chunks,
         pooling=trainer.spec.pooling,
         data_fingerprint=trainer.training_set.fingerprint,
-        metrics=best.validation or {},
+        metrics=fitted.metrics,
         training=trainer.spec.model_dump(),
+        calibration=fitted.calibration,
     )
 
 

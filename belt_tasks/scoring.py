@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from belt_tasks import encoder, engine, heads, pooling, prepare, progress, workers
 from belt_tasks.batches import collate, num_positions, plan_batches
+from belt_tasks.calibration import Calibration
 from belt_tasks.checkpoint import Checkpoint
 from belt_tasks.cost import needed_flops
 from belt_tasks.engine import ChunkEncoder
@@ -86,14 +87,17 @@ def pool_windows(outputs_CK: Tensor, windows: Windows, *, spec: PoolingSpec, hea
     )
 
 
-def score_windows(outputs_CK: Tensor, windows: Windows, *, spec: PoolingSpec, head: Head) -> DocumentScores:
+def score_windows(
+    outputs_CK: Tensor, windows: Windows, *, spec: PoolingSpec, head: Head, calibration: Calibration | None = None
+) -> DocumentScores:
     """Pool chunk outputs, and find the chunk that speaks most for each document's label.
 
     With max pooling of logits that is the chunk that won; otherwise the one that gives the label its highest
     probability (regression: the highest value) among those that bring new tokens.
     """
     logits_DL = pool_windows(outputs_CK, windows, spec=spec, head=head)
-    scores_DL = heads.scores(logits_DL.double(), head)
+    calibrated_DL = logits_DL.double() if calibration is None else calibration.of(logits_DL.double())
+    scores_DL = heads.scores(calibrated_DL, head)
     logits_CL = outputs_CK[:, : head.num_logits].double()
     evidence_CL = heads.log_scores(logits_CL, head)
     if spec.pooling_strategy == "max" and spec.pooling_space == "logits" and head.task == "multiclass":
@@ -230,7 +234,13 @@ class Scorer:
 
     def pool(self, outputs_CK: Tensor, windows: Windows) -> DocumentScores:
         """Scores of the documents whose windows were encoded."""
-        return score_windows(outputs_CK, windows, spec=self.pooling, head=self.checkpoint.head)
+        return score_windows(
+            outputs_CK,
+            windows,
+            spec=self.pooling,
+            head=self.checkpoint.head,
+            calibration=self.checkpoint.calibration,
+        )
 
     def evidence(self, outputs_CK: Tensor, windows: Windows, scores: DocumentScores) -> list[npt.NDArray[np.void]]:
         """The chunks to show for each document whose windows were encoded; see `ChunkEvidence.ranked`."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from belt_tasks import evidence, heads, milestones, predictions, prepare, progress, publishing, score_store, storage
+from belt_tasks import evidence, milestones, predictions, prepare, progress, publishing, score_store, storage
 from belt_tasks.checkpoint import cache
 from belt_tasks.corpus import ShardRef
 from belt_tasks.memory import give_back
@@ -223,7 +223,7 @@ def score_block(planned: PlannedBlock, outputs_CK: Tensor | None, scorer: Scorer
     return ScoredBlock(
         scores=DocumentScores(
             logits_DL=logits_DL,
-            scores_DL=heads.scores(torch.from_numpy(logits_DL).double(), scorer.checkpoint.head).numpy(),
+            scores_DL=scorer.checkpoint.scores(torch.from_numpy(logits_DL)).numpy(),
             top_chunk_D=np.array([score.top_chunk for score in stored]),
         ),
         ranked_D=[score.ranked for score in stored],

@@ -276,6 +276,10 @@ class TrainSpec(Spec):
     validation_fraction: Fraction = 0.1
     """Share of the training documents held out to choose the best epoch; by a stable hash of doc_id."""
 
+    calibration: Literal["auto", "none"] = "auto"
+    """auto fits probabilities to the held-out documents, if there are 20 or more: by a temperature, or by a slope and
+    an offset for each label of multilabel; none leaves them."""
+
     seed: int = Field(default=0, ge=0)
     """Seed of the head's weights, dropout and the order of documents."""
 

@@ -25,6 +25,7 @@ from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
 
 MOST_CHARACTERS = 80  # of a label
+MEASURED_BY = {"ece": "expected calibration error", "log_loss": "log loss"}
 STAGES = ("read", "tokenize", "encode", "write")
 SHOWN_METRICS = {
     "accuracy": "accuracy",
@@ -165,12 +166,23 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
             *_table(["epoch", "training loss", "validation loss", _main_metric(receipt.task)], rows),
             "",
             f"- trained on {receipt.num_training_documents:,} documents, {receipt.num_validation_documents:,} held out",
+            *_calibration(receipt),
             f"- {receipt.num_chunks:,} chunks",
             f"- {_seconds(receipt.training_s)}, {rate:,.0f} tokens per second",
             f"- checkpoint: `{receipt.checkpoint_uri}`",
             "",
         ]
     )
+
+
+def _calibration(receipt: FineTuningReceipt) -> list[str]:
+    if receipt.calibration is None:
+        return []
+    before, after = receipt.metrics["uncalibrated"], receipt.metrics
+    slopes = receipt.calibration.slope
+    how = f"temperature {1 / slopes[0]:.2f}" if len(slopes) == 1 else "slope and offset of each label"
+    changes = (f"{words} {before[name]:.3f} to {after[name]:.3f}" for name, words in MEASURED_BY.items())
+    return [f"- calibrated on them ({how}): {', '.join(changes)}"]
 
 
 def evaluation_summary(receipt: EvaluationReceipt) -> str:

@@ -288,6 +288,7 @@ def fine_tune(
     dropout: Annotated[str | None, option(specs.TrainSpec, "dropout")] = None,
     precision: Annotated[str | None, option(specs.TrainSpec, "precision")] = None,
     validation_fraction: Annotated[str | None, option(specs.TrainSpec, "validation_fraction")] = None,
+    calibration: Annotated[str | None, option(specs.TrainSpec, "calibration")] = None,
     seed: Annotated[str | None, option(specs.TrainSpec, "seed")] = None,
     storage_block: StorageBlock = None,
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import fine_tuning, progress
+from belt_tasks import fine_tuning, metrics, progress
 from belt_tasks.errors import ConfigError
 from belt_tasks.scoring import score_texts
 from belt_tasks.specs import BatchSpec, ChunkSpec, Head, PoolingSpec, ScoreSpec, TrainSpec
@@ -63,6 +63,47 @@ def test_it_learns_and_its_checkpoint_scores_as_it_measured(tiny_encoder, tmp_pa
     assert checkpoint.digest == receipt.checkpoint_digest
 
 
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_a_calibrated_checkpoint_scores_as_its_card_says(tiny_encoder, tmp_path, task):
+    spec = SPEC.model_copy(update={"validation_fraction": 0.5, "learning_rate": 5e-4, "epochs": 2})
+    fields = {}
+    if task == "multilabel":
+        is_window = (ROWS["label"] == "window").to_numpy()
+        fields = {
+            "head": Head(task="multilabel", labels=("fox", "window")),
+            "target": np.stack([~is_window, is_window], axis=1),
+        }
+
+    receipt = run(tiny_encoder, tmp_path / "made", spec, **fields)
+    plain = run(tiny_encoder, tmp_path / "plain", spec.model_copy(update={"calibration": "none"}), **fields)
+
+    checkpoint = checkpoints.load_checkpoint(str(tmp_path / "made"))
+    assert checkpoint.calibration == receipt.calibration is not None
+    assert (plain.calibration, plain.metrics) == (None, plain.epochs[plain.best_epoch - 1].validation)
+    training_set = make_set(tiny_encoder, **fields)
+    held_out_D = training_set.held_out_D(0.5, 0)
+    texts, target = ROWS["text"].filter(held_out_D).to_list(), training_set.target[held_out_D]
+    scores = score_texts(texts, checkpoint, ScoreSpec())
+    measured = metrics.task_metrics(task, target, scores.scores_DL, checkpoint.head.labels)
+    for name in ("log_loss", "ece"):
+        assert measured[name] == pytest.approx(receipt.metrics[name], abs=1e-4)
+        assert receipt.metrics["uncalibrated"][name] == pytest.approx(plain.metrics[name], abs=1e-6)
+    assert measured["log_loss"] < receipt.metrics["uncalibrated"]["log_loss"]
+    raw = score_texts(texts, checkpoints.load_checkpoint(str(tmp_path / "plain")), ScoreSpec())
+    assert scores.logits_DL == pytest.approx(raw.logits_DL, abs=1e-5)
+
+
+def test_a_changed_calibration_is_noticed(tiny_encoder, tmp_path):
+    run(tiny_encoder, tmp_path / "made", SPEC.model_copy(update={"validation_fraction": 0.5}))
+    card = tmp_path / "made" / "belt.json"
+    told = json.loads(card.read_text())
+    told["calibration"]["slope"] = [9.0]
+    card.write_text(json.dumps(told))
+
+    with pytest.raises(ConfigError, match="damaged checkpoint"):
+        checkpoints.load_checkpoint(str(tmp_path / "made"))
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tiny_encoder, tmp_path):
     spec = SPEC.model_copy(update={"epochs": 1, "dropout": None})
     digests = [run(tiny_encoder, tmp_path / str(i), spec).checkpoint_digest for i in range(2)]
@@ -100,11 +141,12 @@ def test_the_best_epoch_is_kept(tiny_encoder, tmp_path, monkeypatch):
     measured = iter([{"loss": 0.9, "accuracy": 0.5}, {"loss": 0.2, "accuracy": 0.9}, {"loss": 0.4, "accuracy": 0.8}])
     states = []
 
-    def evaluate(trainer, _documents):
+    def evaluate(trainer, documents):
         states.append(trainer.model.head.linear.weight.detach().clone())
-        return next(measured)
+        return torch.full((len(documents), 1), float(len(states))), next(measured)
 
     monkeypatch.setattr(fine_tuning.Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(fine_tuning.Trainer, "measure", lambda _, logits_DL, *__: {"first": logits_DL[0].item()})
     receipt = run(tiny_encoder, tmp_path / "made")
 
     assert receipt.best_epoch == 2
@@ -112,7 +154,7 @@ def test_the_best_epoch_is_kept(tiny_encoder, tmp_path, monkeypatch):
     assert torch.equal(saved, states[1])
     assert not torch.equal(saved, states[2])
     card = json.loads(Path(tmp_path / "made" / "belt.json").read_text())
-    assert card["metrics"] == {"loss": 0.2, "accuracy": 0.9}
+    assert card["metrics"] == {"first": 2.0}
 
 
 def test_without_held_out_documents_the_last_epoch_is_kept(tiny_encoder, tmp_path):

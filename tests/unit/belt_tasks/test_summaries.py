@@ -6,6 +6,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from belt_tasks import summaries
+from belt_tasks.calibration import Calibration
 from belt_tasks.drift import DriftReport, Measure
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import Epoch, FineTuningReceipt
@@ -284,6 +285,35 @@ def test_fine_tuning_summary(task, metric, validation, cells):
     assert "- trained on 90 documents, 10 held out" in lines
     assert "- 10.0 s, 1,000 tokens per second" in lines
     assert "- checkpoint: `/out/checkpoint`" in lines
+
+
+@pytest.mark.parametrize(
+    ("calibration", "how"),
+    [
+        (Calibration(slope=(0.5,)), "temperature 2.00"),
+        (Calibration(slope=(0.5, 1.0), offset=(0.0, 1.0)), "slope and offset of each label"),
+    ],
+)
+def test_a_calibration_is_told(calibration, how):
+    receipt = FineTuningReceipt(
+        checkpoint_uri="/out/checkpoint",
+        checkpoint_digest="0" * 64,
+        labels=("a", "b"),
+        task="multilabel",
+        num_training_documents=90,
+        num_validation_documents=10,
+        epochs=(Epoch(number=1, training_loss=0.9, validation=None),),
+        best_epoch=1,
+        calibration=calibration,
+        metrics={"ece": 0.02, "log_loss": 0.4, "uncalibrated": {"ece": 0.11, "log_loss": 0.5, "loss": 0.5}},
+        num_chunks=1,
+        num_tokens_scored=1,
+        num_tokens_encoded=1,
+        training_s=1.0,
+    )
+
+    told = f"- calibrated on them ({how}): expected calibration error 0.110 to 0.020, log loss 0.500 to 0.400"
+    assert told in summaries.fine_tuning_summary(receipt).splitlines()
 
 
 def test_evaluation_summary_shows_what_was_measured_and_where_the_rest_is():
