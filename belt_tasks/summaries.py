@@ -14,6 +14,7 @@ from belt_tasks.errors import RejectedError
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.gate import DecisionRecord
+from belt_tasks.import_belt_nlp import Imported
 from belt_tasks.maintenance import TableCheck
 from belt_tasks.model_store import ModelList
 from belt_tasks.preview import ScorePreview
@@ -173,6 +174,31 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
             "",
         ]
     )
+
+
+def import_summary(imported: Imported) -> str:
+    """What an imported model is, and whether its scores are those of belt-nlp."""
+    card = imported.card
+    labels = ", ".join(map(_label, card.head.labels))
+    lines = [
+        f"## imported: {card.head.task} ({labels})",
+        "",
+        f"- windows: {_settings(card.chunks)}",
+        f"- pooling: {card.pooling.pooling_strategy} of logits",
+        f"- checkpoint: `{imported.checkpoint_uri}`, digest {card.digest}",
+    ]
+    if imported.has_other_special_tokens:
+        lines.append(
+            "- belt-nlp put BERT's ids 101 and 102 around chunks, which are not this tokenizer's; belt puts the right ones "
+            "there, so scores differ"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _settings(chunks: ChunkSpec) -> str:
+    """What is not the default, in words."""
+    changed = chunks.model_dump(exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "the default"
 
 
 def _calibration(receipt: FineTuningReceipt) -> list[str]:

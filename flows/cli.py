@@ -342,6 +342,22 @@ def chunk(
     show(summaries.run_summary(manifest, asked_at=asked_at))
 
 
+@app.command("import-belt-nlp")
+def import_belt_nlp(
+    folder: Annotated[str, typer.Argument(help="What `save` of a belt-nlp model wrote: model.bin, params.json, ...")],
+    output: Annotated[str, typer.Option(help="Directory for the checkpoint; any fsspec URL.", metavar="<str>")],
+    label: Annotated[
+        list[str] | None, typer.Option(help="Name of a class, in order; once for each. Else 0, 1, ...", metavar="<str>")
+    ] = None,
+) -> None:
+    """Make a checkpoint of a model that belt-nlp saved; nothing that is pickled in it runs."""
+    with user_errors():
+        from belt_tasks import import_belt_nlp as importing  # noqa: PLC0415 - imports torch
+        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+
+        show(summaries.import_summary(importing.import_belt_nlp(folder, output, tuple(label or ()))))
+
+
 @app.command()
 def windows(
     file: Annotated[Path, typer.Argument(help="A text file, UTF-8.")],
