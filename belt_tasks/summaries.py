@@ -189,7 +189,7 @@ def import_summary(imported: Imported) -> str:
     ]
     if imported.has_other_special_tokens:
         lines.append(
-            "- belt-nlp put BERT's ids 101 and 102 around chunks, which are not this tokenizer's; belt puts the right ones "
+            "- belt-nlp put BERT's ids 101 and 102 around chunks, which are not this tokenizer's; belt puts its own "
             "there, so scores differ"
         )
     return "\n".join(lines) + "\n"
