@@ -13,7 +13,14 @@ from belt_tasks.specs import ChunkSpec, DriftSpec, TrainSpec
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLACEHOLDERS = ("CORPUS", "FILE", "DIR_OR_NAME", " OUTPUT", " REGISTRY")  # lines that show a form, not a command
+PLACEHOLDERS = (
+    "CORPUS",
+    "FILE",
+    "DIR_OR_NAME",
+    "BELT_NLP_DIR",
+    " OUTPUT",
+    " REGISTRY",
+)  # lines that show a form, not a command
 
 SMALL_DEMO = """
 from belt_tasks.demo_corpus import DemoCorpusSpec

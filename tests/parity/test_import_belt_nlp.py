@@ -23,6 +23,7 @@ from belt_tasks import checkpoint as checkpoints
 from belt_tasks import scoring
 from belt_tasks.errors import ConfigError
 from belt_tasks.import_belt_nlp import import_belt_nlp
+from belt_tasks.notebook import ClassifierTruncated, ClassifierWithPooling, RegressorTruncated, RegressorWithPooling
 from belt_tasks.specs import ChunkSpec, ScoreSpec
 from flows import cli
 from tests.conftest import save_tiny_encoder, words
@@ -36,6 +37,13 @@ KINDS = {
     "classifier, truncated": (BertClassifierTruncated, {"num_labels": 2}),
     "regressor, mean": (BertRegressorWithPooling, {"pooling_strategy": "mean", **WINDOWS}),
     "regressor, truncated": (BertRegressorTruncated, {}),
+}
+
+NOTEBOOK = {
+    BertClassifierWithPooling: ClassifierWithPooling,
+    BertClassifierTruncated: ClassifierTruncated,
+    BertRegressorWithPooling: RegressorWithPooling,
+    BertRegressorTruncated: RegressorTruncated,
 }
 
 
@@ -73,6 +81,19 @@ def test_the_checkpoint_scores_as_belt_nlp_does(minilm, tmp_path, kind):
     if "truncated" in kind:
         assert checkpoint.chunks == ChunkSpec(chunk_size=510, stride=510, selection="head")
     assert imported.card.training["belt_nlp"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_notebook_goes_on_with_it(minilm, tmp_path, kind):
+    theirs = saved(kind, minilm, tmp_path / "saved")
+    import_belt_nlp(str(tmp_path / "saved"), str(tmp_path / "checkpoint"))
+    model_class = NOTEBOOK[KINDS[kind][0]]
+
+    ours = model_class.load(str(tmp_path / "checkpoint"), device="cpu")
+
+    np.testing.assert_allclose(ours.predict(TEXTS), np.ravel(theirs.predict(TEXTS)), atol=1e-4)  # [D, 1] of regressors
+    ours.fit(["a fox", "a window"], [0, 1], epochs=1)
+    assert len(ours.predict(TEXTS)) == len(TEXTS)
 
 
 def test_the_command_line_names_the_classes_and_needs_no_belt_nlp(minilm, tmp_path):
