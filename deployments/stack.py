@@ -73,6 +73,7 @@ def _bring_up(folder: Path, chosen: dict[str, int]) -> Stack:
         _check_unchanged(Stack.at(folder), chosen)
     stack = Stack.make(folder, **chosen)
     if not supervision.runs(stack):
+        supervision.end_leftovers(stack)
         supervision.check_ports(stack)
         _started_file(stack).write_text(datetime.now(UTC).isoformat(), encoding="ascii")
         supervision.start(stack)
@@ -169,7 +170,7 @@ def run(name: str, folder: Folder = HOME) -> None:
     for needed in service.needs:
         wait_until(f"{name}: {needed} did not answer", SERVICES[needed](stack).answers)
     service.prepare()
-    os.environ.update(service.environment)
+    os.environ.update(service.environment | {supervision.MARK: str(stack.folder)})
     supervision.end_with_parent(signal.Signals[f"SIG{service.stop_signal}"])
     os.execvp(service.command[0], service.command)  # noqa: S606 - one of our own
 

@@ -31,6 +31,9 @@ STOP_S = 60.0  # a run that is under way ends with its worker, in order
 LONGEST_LOG_BYTES = 10_000_000
 TAIL_BYTES = 1000
 PORT_S = 10.0
+LEFTOVER_S = 10.0  # a worker that cannot tell its server that it ends would try for minutes
+MARK = "BELT_STACK_FOLDER"
+"""In the environment of all that began with a stack."""
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -65,6 +68,21 @@ def check_ports(stack: Stack) -> None:
     for name, port in ports:
         if (process_id := listener(port)) is not None:
             raise ConfigError(f"{name}: {_taken(name, port, process_id)}")
+
+
+def end_leftovers(stack: Stack) -> bool:
+    """End what is left of the services and of their runs where supervisord ended before them; whether there was any."""
+    left = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(stack.folder):
+                left.append(process)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in left:
+            with suppress(psutil.Error):
+                end(process)
+        psutil.wait_procs(left, timeout=LEFTOVER_S)
+    return bool(left)
 
 
 def start(stack: Stack) -> None:
@@ -125,14 +143,14 @@ def end_with_parent(number: signal.Signals) -> None:
 
 
 def stop(stack: Stack) -> bool:
-    """Stop supervisord, and with it the services, in order; returns whether there was something to stop.
+    """Stop supervisord, and with it the services, in order; returns whether there was anything to stop.
 
     Raises:
         BeltError: it does not end.
     """
     with supervised(stack) as supervisor:
         if supervisor is None:
-            return False
+            return end_leftovers(stack)
         process_id = supervisor.getPID()
         supervisor.shutdown()
     wait_until("supervisord did not end", lambda: not _lives(process_id), patience_s=STOP_S * (len(SERVICES) + 1))

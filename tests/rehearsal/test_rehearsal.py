@@ -369,10 +369,9 @@ def test_stopped_and_started_again_nothing_is_lost(rehearsal, stores, expected, 
     supervisor = rehearsal.supervisor()
     processes = [supervisor, *supervisor.children(recursive=True)]
 
-    if how == "stopped":
-        rehearsal.make("down")
-    else:
+    if how == "killed":
         supervisor.kill()
+    rehearsal.make("down")
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []
     with rehearsal.started("up", **rehearsal.site) as interrupted:
