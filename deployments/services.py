@@ -368,8 +368,15 @@ def _answers(url: str) -> bool:
 
 
 def listener(port: int) -> int | None:
-    """The process that listens at a port of this machine: its id, 0 of another user's; None where none does."""
-    for found in psutil.net_connections("tcp"):
+    """The process that listens at a port of this machine: its id, 0 of another user's; None where none does.
+
+    Also None where the system tells it to administrators alone, as macOS does.
+    """
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return None
+    for found in connections:
         if found.status == psutil.CONN_LISTEN and found.laddr.port == port:
             return found.pid or 0
     return None
