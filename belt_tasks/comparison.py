@@ -40,12 +40,17 @@ class Comparison:
     """The corpus as the run will leave it, against what is shown."""
 
     before: CorpusState | None
+    """What the shown tables are of; None where there are none."""
     now: CorpusState
+    """What they will be of."""
     to_rescore: frozenset[str]
+    """Files whose documents are all scored again, changed or not."""
     reread: frozenset[str]
     """Files of either state whose rejected rows are found anew."""
     changes: Changes
+    """Of documents, between the two."""
     is_last: bool
+    """Whether the tables are those of the whole corpus after the run; otherwise it is a step of a night."""
 
 
 def ask(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec, spec: ScoreSpec) -> Question:

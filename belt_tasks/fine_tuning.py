@@ -36,7 +36,7 @@ from belt_tasks.errors import ConfigError
 from belt_tasks.planning import TrainPlan
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.receipts import ShardReceipt, Stopwatch
-from belt_tasks.specs import CorpusSpec, Spec, TrainSpec
+from belt_tasks.specs import CorpusSpec, Spec, TaskKind, TrainSpec
 from belt_tasks.stored import read_json
 from belt_tasks.tokens import SpecialTokens, load_tokenizer
 from belt_tasks.training_set import TrainingSet, load_training_set
@@ -64,7 +64,7 @@ class FineTuningReceipt(Spec):
     checkpoint_uri: str
     checkpoint_digest: str
     labels: tuple[str, ...]
-    task: str
+    task: TaskKind
     num_training_documents: int
     num_validation_documents: int
     epochs: tuple[Epoch, ...]

@@ -32,7 +32,7 @@ class Histogram(Spec):
 
     @classmethod
     def of(cls, values_D: npt.ArrayLike) -> Self:
-        """Count finite numbers."""
+        """Count numbers, which must be finite."""
         values_D = np.asarray(values_D, dtype=np.float64)
         if len(values_D) == 0:
             return cls()
@@ -67,11 +67,6 @@ class Histogram(Spec):
     def width(self) -> float:
         """Of a bin."""
         return math.ldexp(1.0, self.exponent)
-
-    @property
-    def num_values(self) -> int:
-        """Numbers counted."""
-        return sum(self.counts)
 
     def coarsened(self, exponent: int) -> Self:
         """The same numbers in wider bins."""

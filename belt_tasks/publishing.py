@@ -31,7 +31,7 @@ from belt_tasks.receipts import Counts, FileReceipt, ShardReceipt, total
 from belt_tasks.specs import Spec
 from belt_tasks.stored import read_json
 
-SORTED_BY = {"predictions": ["doc_id"], "evidence": ["doc_id", "rank"]}
+OBJECTS_SORTED_BY = {"predictions": ["doc_id"], "evidence": ["doc_id", "rank"]}
 """Tables whose objects are sorted, since a run's are merged into a published table."""
 
 
@@ -204,9 +204,9 @@ class ShardWriter:
 
     def _open(self, stack: ExitStack, name: str) -> pq.ParquetWriter:
         uri = storage.join(self._run.output_uri, self._run.path_of(name, self._shard.key))
-        if name in SORTED_BY:
+        if name in OBJECTS_SORTED_BY:
             schema = data_contracts.arrow_schema(name)
-            return stack.enter_context(sorted_files.sorted_writer(uri, schema, by=SORTED_BY[name]))
+            return stack.enter_context(sorted_files.sorted_writer(uri, schema, by=OBJECTS_SORTED_BY[name]))
         return stack.enter_context(storage.parquet_writer(uri, data_contracts.arrow_schema(name)))
 
     def _write(self, name: str, table: pa.Table) -> None:

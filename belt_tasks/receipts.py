@@ -93,6 +93,10 @@ def total(receipts: Iterable[ShardReceipt]) -> Counts:
     return sum((receipt.counts for receipt in receipts), start=Counts())
 
 
+STAGES = ("read", "tokenize", "encode", "write")
+"""What a run's seconds are told by."""
+
+
 class Stopwatch:
     """Seconds by stage."""
 

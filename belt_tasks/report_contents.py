@@ -10,7 +10,7 @@ from belt_tasks import drift, report_pictures
 from belt_tasks.drift import DriftReport
 from belt_tasks.examples import NUM_LABELS, NUM_PASSAGES, RejectedRows
 from belt_tasks.publishing import Manifest
-from belt_tasks.report_plots import STAGES
+from belt_tasks.receipts import STAGES
 from belt_tasks.statistics import RunStatistics
 from data_contracts import loader
 

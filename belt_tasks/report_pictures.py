@@ -9,7 +9,8 @@ import polars as pl
 
 from belt_tasks import pages, plots, report_plots
 from belt_tasks.histograms import Histogram
-from belt_tasks.report_plots import STAGES, Theme
+from belt_tasks.receipts import STAGES
+from belt_tasks.report_plots import Theme
 from belt_tasks.statistics import RunStatistics
 
 NO_LABEL = "(no label)"

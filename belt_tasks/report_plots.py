@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentF
 
 from belt_tasks import histograms, plots
 from belt_tasks.histograms import Histogram
+from belt_tasks.receipts import STAGES
 from belt_tasks.statistics import Sample
 
 WIDTH, HEIGHT = 5.6, 3.5
@@ -25,7 +26,6 @@ MOST_NAMES = 12  # with more, the rest is one bar
 MOST_DATES = 6
 NUM_LENGTHS = 12  # groups of documents by length, of which the middle score is drawn
 NOW = "this run"
-STAGES = ("read", "tokenize", "encode", "write")
 TICKS = [0, *(number * 10**power for power in range(10) for number in (1, 3))]
 
 

@@ -20,14 +20,15 @@ from belt_tasks.model_store import ModelList
 from belt_tasks.preview import ScorePreview
 from belt_tasks.promotion import Promotion
 from belt_tasks.publishing import Manifest
+from belt_tasks.receipts import STAGES
 from belt_tasks.registry import Entry
 from belt_tasks.report import ScoreReport
+from belt_tasks.resampling import METRICS
 from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
 
 MOST_CHARACTERS = 80  # of a label
 MEASURED_BY = {"ece": "expected calibration error", "log_loss": "log loss"}
-STAGES = ("read", "tokenize", "encode", "write")
 SHOWN_METRICS = {
     "accuracy": "accuracy",
     "majority_baseline_accuracy": "accuracy of always guessing the commonest label",
@@ -155,7 +156,7 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
     rows = []
     for epoch in receipt.epochs:
         validation = epoch.validation or {}
-        shown = [_number(validation.get(name)) for name in ("loss", _main_metric(receipt.task))]
+        shown = [_number(validation.get(name)) for name in ("loss", METRICS[receipt.task][0])]
         best = " (kept)" if epoch.number == receipt.best_epoch else ""
         rows.append([f"{epoch.number}{best}", _number(epoch.training_loss), *shown])
     rate = receipt.num_tokens_encoded * len(receipt.epochs) / receipt.training_s
@@ -164,7 +165,7 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
         [
             f"## fine-tuning: {receipt.task} ({labels})",
             "",
-            *_table(["epoch", "training loss", "validation loss", _main_metric(receipt.task)], rows),
+            *_table(["epoch", "training loss", "validation loss", METRICS[receipt.task][0]], rows),
             "",
             f"- trained on {receipt.num_training_documents:,} documents, {receipt.num_validation_documents:,} held out",
             *_calibration(receipt),
@@ -340,7 +341,7 @@ def models_summary(listed: ModelList) -> str:
             model.digest,
             ", ".join(of_digest.get(model.digest, [])),
             f"{model.head.task} ({len(model.head.labels)})",
-            _number(model.metrics.get(_main_metric(model.head.task))),
+            _number(model.metrics.get(METRICS[model.head.task][0])),
             f"{model.at:%Y-%m-%d %H:%M}",
             _said(model.who),
             _said(model.source_uri),
@@ -549,10 +550,6 @@ def _seconds(seconds: float) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _main_metric(task: str) -> str:
-    return {"regression": "mse", "multilabel": "micro_f1"}.get(task, "accuracy")
 
 
 def _pages(report: ScoreReport, links: Mapping[str, str] | None = None) -> list[str]:

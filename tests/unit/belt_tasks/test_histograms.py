@@ -41,7 +41,7 @@ def test_a_bin_counts_the_numbers_between_its_edges(values):
     edges = np.ldexp(np.arange(found.first, found.stop + 1, dtype=float), found.exponent)
     expected = [sum(low <= value < high for value in values) for low, high in itertools.pairwise(edges)]
     assert list(found.counts) == expected
-    assert found.num_values == len(values)
+    assert sum(found.counts) == len(values)
 
 
 @given(values=lists([ANY, MODERATE, PROBABILITIES], min_size=1))
@@ -60,7 +60,7 @@ def test_bins_are_as_narrow_as_so_few_of_them_can_be(values):
 def test_years_are_told_apart_though_they_are_much_alike():
     years = Histogram.of([1990.0, 1991.0, 1991.5, 2026.0])
 
-    assert years.num_values == 4
+    assert sum(years.counts) == 4
     assert sum(count > 0 for count in years.counts) == 4
 
 

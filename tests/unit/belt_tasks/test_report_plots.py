@@ -11,7 +11,8 @@ from matplotlib.image import imread
 
 from belt_tasks import plots, report_plots
 from belt_tasks.histograms import Histogram
-from belt_tasks.report_plots import DARK, LIGHT, STAGES
+from belt_tasks.receipts import STAGES
+from belt_tasks.report_plots import DARK, LIGHT
 from belt_tasks.statistics import Sample
 
 RNG = np.random.default_rng(0)

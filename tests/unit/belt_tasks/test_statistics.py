@@ -78,7 +78,7 @@ def test_counts_are_those_of_an_oracle(found):
     assert counted.label_counts == tuple(carried[label] for label in LABELS)
     assert counted.num_without_label == sum(not labels for _, labels, *_ in found)
     assert counted.scores == Histogram.of([score for _, _, score, *_ in found])
-    assert counted.lengths.num_values == len(found)
+    assert sum(counted.lengths.counts) == len(found)
     drawn = zip(counted.sample.scores, counted.sample.labels, counted.sample.num_tokens, strict=True)
     first = [LABELS.index(labels[0]) if labels else -1 for _, labels, *_ in found]
     expected = [(score, label, number) for (_, _, score, number, _), label in zip(found, first, strict=True)]
