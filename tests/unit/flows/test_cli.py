@@ -43,6 +43,7 @@ def test_commands():
     assert set(COMMANDS) == {
         "score",
         "fine-tune",
+        "import-belt-nlp",
         "evaluate",
         "demo",
         "deploy",
