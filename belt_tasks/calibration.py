@@ -37,6 +37,11 @@ class Calibration(Spec):
         return logits_DL * logits_DL.new_tensor(self.slope) + logits_DL.new_tensor(self.offset)
 
 
+def calibrated(logits_DL: Tensor, calibration: Calibration | None) -> Tensor:
+    """Calibrated logits [D, L]; as they are where there is no calibration."""
+    return logits_DL if calibration is None else calibration.of(logits_DL)
+
+
 def fit(logits_DL: Floats, target: NDArray[np.generic], head: Head) -> Calibration | None:
     """The calibration with the least log loss on some documents, whose log loss it never makes worse.
 

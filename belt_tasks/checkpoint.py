@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from belt_tasks import encoder, heads, publishing, registry, storage
-from belt_tasks.calibration import Calibration
+from belt_tasks.calibration import Calibration, calibrated
 from belt_tasks.engine import ChunkEncoder, build_encoder
 from belt_tasks.errors import ConfigError
 from belt_tasks.specs import ChunkSpec, Head, PoolingSpec, Precision, Spec
@@ -80,8 +80,7 @@ class Checkpoint:
 
     def scores(self, logits_DL: Tensor) -> Tensor:
         """Calibrated probabilities of pooled logits, float64 [D, len(labels)]; of regression the values."""
-        logits_DL = logits_DL.double()
-        return heads.scores(logits_DL if self.calibration is None else self.calibration.of(logits_DL), self.head)
+        return heads.scores(calibrated(logits_DL.double(), self.calibration), self.head)
 
     def encoder(self, device: torch.device, precision: Precision) -> ChunkEncoder:
         """The model made ready for a device; built once."""

@@ -39,7 +39,7 @@ END_S = 10.0
 TAIL_CHARS = 2000
 READY = "ready"
 SAID = "Error: "
-"""Begins what a rank says of a mistake."""
+"""Begins what a rank says of a mistake, as it ends."""
 ENTRY = "belt_tasks.fine_tuning_rank"
 
 

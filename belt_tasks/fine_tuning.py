@@ -137,8 +137,7 @@ class Trainer:
     def measure(self, logits_DL: Tensor, documents: Int64, calibrated_by: Calibration | None = None) -> dict[str, Any]:
         """Loss and metrics of pooled logits of some documents."""
         head, target = self.training_set.head, self.training_set.target[documents]
-        if calibrated_by is not None:
-            logits_DL = calibrated_by.of(logits_DL)
+        logits_DL = calibration.calibrated(logits_DL, calibrated_by)
         loss = heads.loss(logits_DL, torch.from_numpy(target), head).item()
         scores_DL = heads.scores(logits_DL.double(), head).numpy()
         return {"loss": loss, **metrics.task_metrics(head.task, target, scores_DL, head.labels)}

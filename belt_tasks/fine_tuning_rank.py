@@ -34,7 +34,7 @@ def main() -> None:
         with data_parallel.joined(job["rank"], job["size"], spec.device, job["folder"]) as ranks:
             fine_tuning.fit(training_set, spec, encoder_source=plan.encoder, ranks=ranks)
     except BeltError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"{data_parallel.SAID}{error}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from belt_tasks import encoder, engine, heads, pooling, prepare, progress, workers
 from belt_tasks.batches import collate, num_positions, plan_batches
-from belt_tasks.calibration import Calibration
+from belt_tasks.calibration import Calibration, calibrated
 from belt_tasks.checkpoint import Checkpoint
 from belt_tasks.cost import needed_flops
 from belt_tasks.engine import ChunkEncoder
@@ -96,8 +96,7 @@ def score_windows(
     probability (regression: the highest value) among those that bring new tokens.
     """
     logits_DL = pool_windows(outputs_CK, windows, spec=spec, head=head)
-    calibrated_DL = logits_DL.double() if calibration is None else calibration.of(logits_DL.double())
-    scores_DL = heads.scores(calibrated_DL, head)
+    scores_DL = heads.scores(calibrated(logits_DL.double(), calibration), head)
     logits_CL = outputs_CK[:, : head.num_logits].double()
     evidence_CL = heads.log_scores(logits_CL, head)
     if spec.pooling_strategy == "max" and spec.pooling_space == "logits" and head.task == "multiclass":
