@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from belt_tasks import corpus, cost, predictions, prepare, progress, publishing, scoring, storage
+from belt_tasks.calibration import Calibration
 from belt_tasks.checkpoint import Checkpoint, cache, checkpoint_digest, save_checkpoint
 from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.errors import ContractError, ShardError
@@ -470,6 +471,35 @@ def test_a_text_without_a_finite_score_is_put_aside_wherever_it_is(tmp_path, tin
     ]
     assert total(receipts).num_documents == len(REPEATED) - len(bad)
     assert watch.chunks() == chunks_of(TEXTS, tiny_checkpoint)  # and that once too
+
+
+def test_scores_of_a_shard_are_calibrated_and_its_logits_are_not(tmp_path, tiny_encoder):
+    found = {}
+    for name, calibration in (("plain", None), ("calibrated", Calibration(slope=(2.0, 0.5), offset=(0.0, 1.0)))):
+        uri = str(tmp_path / name)
+        save_checkpoint(
+            ChunkModel(load_body(tiny_encoder), num_logits=2, pooling=PoolingSpec()),
+            uri,
+            tokenizer_source=str(tiny_encoder),
+            head=Head(task="multilabel", labels=("a", "b")),
+            chunks=ChunkSpec(chunk_size=30, stride=30),
+            pooling=PoolingSpec(),
+            data_fingerprint="0" * 64,
+            metrics={},
+            training={},
+            calibration=calibration,
+        )
+        shards, run = (
+            write(tmp_path / f"corpus-{name}", [TEXTS[i] for i in REPEATED]),
+            new_run(tmp_path / f"run-{name}"),
+        )
+        found[name] = table(run, score(shards, run, uri))
+
+    for name, frame in found.items():
+        logits_DL = np.array(frame["logits"].to_list())
+        calibrated_DL = logits_DL * [2.0, 0.5] + [0.0, 1.0] if name == "calibrated" else logits_DL
+        scores_DL = np.array([[each["score"] for each in row] for row in frame["scores"].to_list()])
+        np.testing.assert_allclose(scores_DL, 1 / (1 + np.exp(-calibrated_DL)), atol=1e-6)
 
 
 # counts
