@@ -74,8 +74,8 @@ clean:  ## remove everything that the other commands made
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "belt needs Python 3.11 or newer, got " + sys.version)'
 	$(PYTHON) -m venv .venv
 
-# A stamp per extra: installed again only when the dependencies or the compiled kernel change.
-.venv/%: .venv/bin/python pyproject.toml constraints.txt belt_tasks/attention_cpu.c
+# A stamp per extra: installed again only when the dependencies or the compiled kernels change.
+.venv/%: .venv/bin/python pyproject.toml constraints.txt $(wildcard belt_tasks/*.c)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 

@@ -125,4 +125,4 @@ def _unknown_inventories(output_uri: str, run_ids: Iterable[str], limit: datetim
 
 
 def _files(uri: str) -> list[StoredFile]:
-    return storage.list_files(uri, suffix="", hidden=True) if storage.is_directory(uri) else []
+    return storage.files_under(uri, hidden=True) or []

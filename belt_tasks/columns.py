@@ -60,6 +60,8 @@ def check_columns(schema: pa.Schema, spec: CorpusSpec, *, label_role: str, uri: 
     if label_role != "none":
         allowed, accepts = _LABEL_TYPES[label_role]
         wanted.append(("--label-column", spec.label_column, allowed, accepts))
+        if spec.weight_column is not None:
+            wanted.append(("--weight-column", spec.weight_column, "numbers", _is_number))
     if spec.split_column is not None:
         wanted.append(("--split-column", spec.split_column, "strings, integers or booleans", _is_label))
     problems = []
@@ -113,6 +115,8 @@ class RowReader:
             wanted.append(spec.text_column)
         if label_role != "none":
             wanted.append(spec.label_column)
+            if spec.weight_column is not None:
+                wanted.append(spec.weight_column)
         self.names = list(dict.fromkeys(wanted))
 
     def split(
@@ -141,8 +145,13 @@ class RowReader:
         if self._with_text:
             text, reasons["text_invalid_utf8"] = strings(batch.column(self._spec.text_column))
         values: dict[str, Any] = {"doc_id": pl.Series(doc_id), "text": pl.Series(text)}
-        label = labels = target = None
+        label = labels = target = weight = None
         if self._label_role != "none":
+            if self._spec.weight_column is not None:
+                weight = pl.Series(batch.column(self._spec.weight_column).cast(pa.float64()))
+                reasons["weight_null"] = weight.is_null().to_numpy()
+                is_usable = (weight.is_finite() & (weight > 0)).fill_null(value=True)
+                reasons["weight_not_positive"] = ~is_usable.to_numpy()
             raw = batch.column(self._spec.label_column)
             match self._label_role:
                 case "label":
@@ -164,6 +173,7 @@ class RowReader:
         num_rows = len(batch)
         values["label"] = pl.Series([None] * num_rows, dtype=pl.String) if label is None else label
         values["labels"] = pl.Series([None] * num_rows, dtype=pl.List(pl.String)) if labels is None else labels
+        values["weight"] = pl.Series([None] * num_rows, dtype=pl.Float64) if weight is None else weight
         values["target"] = pl.Series([None] * num_rows, dtype=pl.Float64) if target is None else target
         return pl.DataFrame(values), reasons
 
@@ -195,13 +205,18 @@ _WORDS = {
     "label_invalid_utf8": "{label} is not valid UTF-8",
     "label_unknown": "{label} is not among the known labels",
     "target_not_finite": "{label} is not a finite number",
+    "weight_null": "{weight} is null",
+    "weight_not_positive": "{weight} is not a finite number above 0",
 }
 
 
 def in_words(reason: str, spec: CorpusSpec) -> str:
     """What a reason means for the columns that a spec names."""
     return _WORDS[reason].format(
-        id=f"column {spec.id_column!r}", text=f"column {spec.text_column!r}", label=f"column {spec.label_column!r}"
+        id=f"column {spec.id_column!r}",
+        text=f"column {spec.text_column!r}",
+        label=f"column {spec.label_column!r}",
+        weight=f"column {spec.weight_column!r}",
     )
 
 

@@ -1,9 +1,11 @@
-"""Data parallelism: one fine-tuning on several devices of a machine, each with its share of every batch of documents.
+"""Data parallelism: one fine-tuning on several devices, each with its share of every batch of documents.
 
-The process that fine-tunes is rank 0. It starts the others, which read the same data and take the same steps, and ends
-them. Gradients are summed over all ranks before each move of the optimizer, so that every rank holds the same weights:
-the arithmetic of DistributedDataParallel (Li et al. 2020, arXiv 2006.15704). That class itself does not fit: it sums
-with every backward pass, and the exact gradient of long documents takes one for every mini-batch of chunks.
+Hugging Face accelerate does what ranks do together: DistributedDataParallel, precision, loss scaling, collectives. It
+was chosen over Lightning Fabric since transformers' users know it, its launcher starts ranks on many machines, and it
+leaves the loop to belt.
+
+On one machine the process that fine-tunes is rank 0, starts the others, and ends them. On several, `accelerate launch`
+starts the same command everywhere: rank 0 does the work of a run, the others wait for what to do (`follow`).
 """
 
 import json
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,15 +28,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from belt_tasks import encoder
 from belt_tasks.errors import ConfigError, TransientError
+from belt_tasks.specs import Precision, TrainSpec
 
 Int64 = npt.NDArray[np.int64]
 
 PATIENCE = timedelta(minutes=10)
 """Of a rank that waits for another; one that is gone is mostly noticed at once."""
+PATIENCE_FOR_WORK = timedelta(days=2)
+"""Of a rank on another machine, until rank 0 has prepared the corpus."""
 END_S = 10.0
 TAIL_CHARS = 2000
 READY = "ready"
@@ -42,15 +50,31 @@ SAID = "Error: "
 """Begins what a rank says of a mistake, as it ends."""
 ENTRY = "belt_tasks.fine_tuning_rank"
 
+_one_at_a_time = threading.Lock()
+"""accelerate keeps one state for a process."""
+
 
 @dataclass(frozen=True)
 class Ranks:
     """The processes of one fine-tuning, as one of them sees them."""
 
-    rank: int = 0
-    size: int = 1
-    device: torch.device | None = None
-    """This rank's; None is the spec's."""
+    accelerator: Accelerator
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        device: torch.device = self.accelerator.device
+        return device
 
     def share(self, documents: Int64) -> Int64:
         """This rank's part of some documents, possibly none."""
@@ -60,72 +84,78 @@ class Ranks:
         """A number of each rank's, added up."""
         if self.size == 1:
             return number
-        total = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        total = self.accelerator.reduce(torch.tensor(number, dtype=torch.float64, device=self.device), "sum")
         return float(total.item())
 
     def gather(self, rows: Tensor, *, num_rows: int) -> Tensor:
         """Rows [num_rows, ...] on the CPU, of which each rank has those of its `share`."""
         if self.size == 1:
             return rows
-        most = -(-num_rows // self.size)
-        mine = rows.new_zeros((most, *rows.shape[1:]))
+        mine = rows.new_zeros((-(-num_rows // self.size), *rows.shape[1:]))
         mine[: len(rows)] = rows
-        parts = [torch.zeros_like(mine, device=self.device) for _ in range(self.size)]
-        dist.all_gather(parts, mine.to(self.device))
-        return torch.stack(parts, dim=1).flatten(0, 1)[:num_rows].cpu()
+        parts = self.accelerator.gather(mine.to(self.device)).view(self.size, *mine.shape)
+        gathered: Tensor = parts.transpose(0, 1).flatten(0, 1)[:num_rows].cpu()
+        return gathered
 
-    def sum_gradients(self, model: nn.Module) -> None:
-        """Add up the gradients of all ranks; a weight that no rank used keeps none."""
-        if self.size == 1:
-            return
-        weights = list(model.parameters())
-        is_used = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32, device=self.device)
-        dist.all_reduce(is_used)
-        used = [weight for weight, number in zip(weights, is_used.tolist(), strict=True) if number]
-        flat = torch.cat([(torch.zeros_like(it) if it.grad is None else it.grad).flatten() for it in used])
-        dist.all_reduce(flat)
-        for weight, part in zip(used, torch.split(flat, [weight.numel() for weight in used]), strict=True):
-            weight.grad = part.view_as(weight)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to the weights, scaled where precision asks for it."""
+        self.accelerator.backward(loss)
+
+    def accumulating(self, module: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+        """For the forward and backward of one of several batches: gradients are averaged over ranks with the last."""
+        return nullcontext() if is_last else self.accelerator.no_sync(module)
 
 
-ALONE = Ranks()
-
-
-def check(num_devices: int, device: str) -> None:
-    """See that a fine-tuning can have so many devices.
+def check(spec: TrainSpec) -> None:
+    """See that a fine-tuning can have such devices.
 
     Raises:
-        ConfigError: this machine has fewer, or the spec names one of them.
+        ConfigError: this machine has fewer, the spec names one of them, or a CPU cannot compute so.
     """
-    if num_devices == 1:
+    chosen = encoder.choose_device(spec.device)
+    if spec.precision == "fp16" and chosen.type == "cpu":
+        raise ConfigError("precision fp16 needs a GPU to fine-tune on; on a CPU it must be fp32 or bf16")
+    if spec.num_devices == 1:
         return
-    chosen = encoder.choose_device(device)
+    if is_launched():
+        raise ConfigError(
+            f"num_devices is {spec.num_devices}, but a launcher started this process as one of "
+            f"{os.environ['WORLD_SIZE']}: leave num_devices at 1"
+        )
     if chosen.index is not None:
-        raise ConfigError(f"device {device!r} is one device, but num_devices is {num_devices}: say cuda, or auto")
+        raise ConfigError(
+            f"device {spec.device!r} is one device, but num_devices is {spec.num_devices}: say cuda, or auto"
+        )
     there = torch.cuda.device_count() if chosen.type == "cuda" else joblib.cpu_count()
-    if num_devices > there:
+    if spec.num_devices > there:
         what = "CUDA devices" if chosen.type == "cuda" else "cores"
-        raise ConfigError(f"num_devices must be at most {there}, the {what} of this machine, got {num_devices}")
+        raise ConfigError(f"num_devices must be at most {there}, the {what} of this machine, got {spec.num_devices}")
 
 
 @contextmanager
-def ranks(num_devices: int, device: str, job: dict[str, Any]) -> Iterator[Ranks]:
-    """Start the other ranks, and end them with the block, however it ends.
+def ranks(spec: TrainSpec, job: dict[str, Any]) -> Iterator[Ranks]:
+    """Start the other ranks, or tell those that a launcher started what to do, and end them with the block.
 
     Args:
-        num_devices: how many ranks there are.
-        device: the spec's.
-        job: what the others have to do, as JSON; see `ENTRY`. It is handed over by a pipe: it may hold secrets.
+        spec: device, precision, and how many ranks there are.
+        job: what the others have to do, as JSON; see `ENTRY`. It is handed over by a pipe: it may hold secrets, which
+            ranks of a launcher are not told.
 
     Raises:
         ConfigError: this machine has fewer devices, or a rank says what a person has to mend.
         TransientError: a rank was killed.
         RuntimeError: a rank failed otherwise; has its last words.
     """
-    check(num_devices, device)
+    check(spec)
+    if is_launched():
+        with launched(spec.device, spec.precision) as here:
+            told(job | {"storage": None, "tokens": None})
+            yield here
+        return
+    num_devices = spec.num_devices
     if num_devices == 1:
-        yield ALONE
+        with alone(spec.device, spec.precision) as here:
+            yield here
         return
     with tempfile.TemporaryDirectory(prefix="belt-ranks-") as folder, _cores(num_devices):
         others: list[_Other] = []
@@ -134,7 +164,7 @@ def ranks(num_devices: int, device: str, job: dict[str, Any]) -> Iterator[Ranks]
             others.extend(_Other(rank, num_devices, Path(folder), job) for rank in range(1, num_devices))
             for other in others:
                 other.wait_until_ready()
-            with joined(0, num_devices, device, folder) as here:
+            with joined(0, num_devices, spec, folder) as here:
                 is_joined = True
                 try:
                     yield here
@@ -151,25 +181,83 @@ def ranks(num_devices: int, device: str, job: dict[str, Any]) -> Iterator[Ranks]
 
 
 @contextmanager
-def joined(rank: int, size: int, device: str, folder: str) -> Iterator[Ranks]:
-    """Be one of the ranks that meet in a folder of this machine; nothing is reachable from another."""
+def alone(device: str, precision: Precision) -> Iterator[Ranks]:
+    """Be the only rank."""
     chosen = encoder.choose_device(device)
-    mine = torch.device("cuda", rank) if chosen.type == "cuda" else chosen
+    with _accelerated(precision, chosen, {"ACCELERATE_TORCH_DEVICE": str(chosen)}) as ranks:
+        yield ranks
+
+
+@contextmanager
+def joined(rank: int, size: int, spec: TrainSpec, folder: str) -> Iterator[Ranks]:
+    """Be one of the ranks that meet in a folder of this machine; nothing is reachable from another."""
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    os.environ.update({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback})
-    if mine.type == "cuda":
-        torch.cuda.set_device(mine)
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    told |= {"OMP_NUM_THREADS": torch.get_num_threads()}  # or accelerate counts cores that a container may not use
+    environment = {name: str(value) for name, value in told.items()}
+    chosen = encoder.choose_device(spec.device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(rank)
+    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     dist.init_process_group(
-        "nccl" if mine.type == "cuda" else "gloo",
+        "nccl" if chosen.type == "cuda" else "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=size,
         timeout=PATIENCE,
     )
-    try:
-        yield Ranks(rank, size, mine)
-    finally:
-        dist.destroy_process_group()
+    with _accelerated(spec.precision, chosen, environment) as ranks:
+        yield ranks
+
+
+def is_launched() -> bool:
+    """Whether a launcher, such as `accelerate launch`, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+
+
+@contextmanager
+def launched(device: str, precision: Precision) -> Iterator[Ranks]:
+    """Be one of the ranks that a launcher started."""
+    with _accelerated(precision, encoder.choose_device(device), {}) as ranks:
+        yield ranks
+
+
+def told(job: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What rank 0 tells all to do; the others wait for it."""
+    words = [None if job is None else json.dumps(job)]
+    broadcast_object_list(words)
+    found: dict[str, Any] = json.loads(words[0] or "{}")
+    return found
+
+
+@contextmanager
+def _accelerated(precision: Precision, device: torch.device, environment: dict[str, str]) -> Iterator[Ranks]:
+    """A rank's Accelerator, configured by environment variables, which are as before when the block ends."""
+    before = {name: os.environ.get(name) for name in environment}
+    with _one_at_a_time:
+        os.environ.update(environment)
+        try:
+            AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - an earlier one of this process
+            yield Ranks(
+                Accelerator(
+                    cpu=device.type == "cpu",
+                    device_placement=False,
+                    mixed_precision={"fp32": "no"}.get(precision, precision),
+                    kwargs_handlers=[
+                        InitProcessGroupKwargs(timeout=PATIENCE_FOR_WORK),
+                        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    ],
+                )
+            )
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def end_with_parent(pipe: IO[str], folder: str) -> None:

@@ -1,82 +1,121 @@
 """The exact gradient of a document loss in memory that does not grow with the document.
 
 All chunks are forwarded in mini-batches without a graph, pooled, and the loss gives the gradient of every chunk's
-output. Then each mini-batch is forwarded once more, with a graph and under the same random state, and takes its share
-of that gradient back to the weights: the sum is the gradient of one big pass over the same mini-batches. The idea is
-that of GradCache (Gao et al. 2021, arXiv 2101.06983), applied to chunks of a document instead of contrastive pairs.
+output. Then chunks are forwarded once more, with a graph, and take their share of that gradient back to the weights.
+The idea is that of GradCache (Gao et al. 2021, arXiv 2101.06983), applied to chunks of a document instead of
+contrastive pairs. Only chunks with a gradient come again: with max pooling those that won.
+
+Both forwards of a chunk must give the same output, though its neighbours differ: see `dropout.keyed`.
+
+To PyTorch the loss is one function of the weights: `backward` works as on any other loss, once for each batch of
+documents, so that gradient accumulation, loss scaling and DistributedDataParallel do too.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from belt_tasks.batches import MiniBatch
+from belt_tasks.batches import plan_batches
+
+Int64 = npt.NDArray[np.int64]
 
 
-def accumulate_gradient(
-    forward: Callable[[MiniBatch], Tensor],
-    batches: Sequence[MiniBatch],
-    loss_of_outputs: Callable[[Tensor], Tensor],
-    *,
-    device: torch.device,
-) -> float:
-    """Add the gradient of a loss over all chunks to the weights, one mini-batch in memory at a time.
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """C chunks to forward, as mini-batches within a budget."""
 
-    With max pooling a mini-batch in which no chunk won has no gradient and is not forwarded again. A single mini-batch
-    needs no second forward.
+    num_tokens_C: Int64
+    """Tokens of each, special tokens included."""
+    max_batch_tokens: int
+    """Rows x longest row of a mini-batch."""
+    inputs: Callable[[Int64], Any]
+    """What the model takes for a mini-batch of some rows."""
+
+    def __len__(self) -> int:
+        return len(self.num_tokens_C)
+
+    def plan(self, rows: Int64) -> list[Int64]:
+        """Some rows as mini-batches."""
+        plan = plan_batches(self.num_tokens_C[rows], max_batch_tokens=self.max_batch_tokens)
+        return [rows[part] for part in plan]
+
+
+def document_loss(model: nn.Module, chunks: Chunks, loss_of_outputs: Callable[[Tensor], Tensor]) -> Tensor:
+    """The loss of all chunks together, whose `backward` holds the graph of one mini-batch at a time.
+
+    Chunks that fit one mini-batch take an ordinary graph and no second forward: same numbers.
 
     Args:
-        forward: chunk outputs [B, K] of a mini-batch; draws random numbers (dropout) from the default generators.
-        batches: their rows are a permutation of 0 .. C - 1.
-        loss_of_outputs: a scalar from all chunk outputs, float32 [C, K] in row order.
-        device: where forward works.
-
-    Returns:
-        The loss.
+        model: maps the inputs of B chunks to outputs [B, K], the same for a chunk whenever and with whomever it comes.
+        chunks: one or more.
+        loss_of_outputs: a scalar from all chunk outputs, float32 (or wider) [C, K] in row order.
     """
-    rows_C = torch.cat([torch.from_numpy(batch.rows_B) for batch in batches]).to(device)
-    back_C = torch.argsort(rows_C)
-    if len(batches) == 1:
-        loss = loss_of_outputs(forward(batches[0]).float()[back_C])
-        torch.autograd.backward(loss)
-        return loss.item()
-
-    states: list[_RandomState] = []
-    parts: list[Tensor] = []
-    with torch.no_grad():
-        for batch in batches:
-            states.append(_RandomState.of(device))
-            parts.append(forward(batch).float())
-    after = _RandomState.of(device)
-    outputs_CK = torch.cat(parts)[back_C].requires_grad_()
-    loss = loss_of_outputs(outputs_CK)
-    (gradient_CK,) = torch.autograd.grad(loss, outputs_CK)
-
-    for batch, state in zip(batches, states, strict=True):
-        gradient_BK = gradient_CK[torch.from_numpy(batch.rows_B).to(device)]
-        if gradient_BK.any():
-            state.restore()
-            torch.autograd.backward(forward(batch).float(), gradient_BK)
-    after.restore()
-    return loss.item()
+    plan = chunks.plan(np.arange(len(chunks)))
+    if len(plan) == 1:
+        return loss_of_outputs(_in_order(plan, [_forward(model, chunks, plan[0])]))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    loss: Tensor = _DocumentLoss.apply(  # type: ignore[no-untyped-call]
+        model, chunks, plan, loss_of_outputs, *weights
+    )
+    return loss
 
 
-@dataclass(frozen=True)
-class _RandomState:
-    """The default generators' states, of the CPU and of the device."""
+class _DocumentLoss(torch.autograd.Function):
+    """See `document_loss`."""
 
-    cpu: Tensor
-    cuda: Tensor | None
-    device: torch.device
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - autograd's
+        model: nn.Module,
+        chunks: Chunks,
+        plan: Sequence[Int64],
+        loss_of_outputs: Callable[[Tensor], Tensor],
+        *weights: Tensor,
+    ) -> Tensor:
+        outputs_CK = _in_order(plan, [_forward(model, chunks, rows_B) for rows_B in plan]).requires_grad_()
+        with torch.enable_grad():
+            loss = loss_of_outputs(outputs_CK)
+        (ctx.gradient_CK,) = torch.autograd.grad(loss, outputs_CK)
+        ctx.model, ctx.chunks, ctx.num_weights = model, chunks, len(weights)
+        return loss.detach()
 
-    @classmethod
-    def of(cls, device: torch.device) -> "_RandomState":
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda, device)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's
+        gradient_CK = ctx.gradient_CK * gradients[0]
+        (rows,) = np.nonzero(gradient_CK.ne(0).any(dim=1).cpu().numpy())
+        leaves = {
+            name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in ctx.model.named_parameters()
+        }
+        for rows_B in ctx.chunks.plan(rows):
+            with torch.enable_grad():
+                outputs_BK = _forward(_WithWeights(ctx.model, leaves), ctx.chunks, rows_B)
+            torch.autograd.backward(outputs_BK, gradient_CK[torch.from_numpy(rows_B).to(gradient_CK.device)])
+        trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        return None, None, None, None, *(leaf.grad for leaf in trained)
 
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+
+class _WithWeights:
+    """A model with other tensors in the place of its weights."""
+
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        self._model, self._weights = model, weights
+
+    def __call__(self, inputs: Any) -> Tensor:  # noqa: ANN401 - the model's
+        outputs_BK: Tensor = torch.func.functional_call(self._model, self._weights, (inputs,))
+        return outputs_BK
+
+
+def _forward(model: Callable[[Any], Tensor], chunks: Chunks, rows_B: Int64) -> Tensor:
+    outputs_BK = model(chunks.inputs(rows_B))
+    return outputs_BK.to(torch.promote_types(outputs_BK.dtype, torch.float32))
+
+
+def _in_order(plan: Sequence[Int64], parts: Sequence[Tensor]) -> Tensor:
+    """Outputs of mini-batches as [C, K] by row."""
+    back_C = torch.from_numpy(np.argsort(np.concatenate(plan)))
+    return torch.cat(list(parts))[back_C.to(parts[0].device)]

@@ -33,21 +33,27 @@ def log_scores(logits_CL: Tensor, head: Head) -> Tensor:
             return logits_CL
 
 
-def loss(logits_DL: Tensor, target: Tensor, head: Head) -> Tensor:
-    """Mean loss over D documents: cross entropy, or squared error for regression.
+def losses(logits_DL: Tensor, target: Tensor, head: Head, label_weight_L: Tensor | None = None) -> Tensor:
+    """The loss of each document, [D]: cross entropy, or squared error for regression.
 
     Args:
         logits_DL: pooled logits.
         target: int64 [D] positions in `head.labels` (binary, multiclass), bool [D, L] (multilabel) or
             float [D] (regression).
         head: task and labels.
+        label_weight_L: of documents by their label (binary, multiclass; one for each label), or of the documents that
+            carry a label against those that do not (multilabel); not of regression. None is 1.
     """
     match head.task:
         case "binary":
-            return binary_cross_entropy_with_logits(logits_DL[:, 0], target.to(logits_DL.dtype))
+            loss_D = binary_cross_entropy_with_logits(logits_DL[:, 0], target.to(logits_DL.dtype), reduction="none")
+            return loss_D if label_weight_L is None else loss_D * label_weight_L[target]
         case "multiclass":
-            return cross_entropy(logits_DL, target)
+            loss_D = cross_entropy(logits_DL, target, reduction="none")
+            return loss_D if label_weight_L is None else loss_D * label_weight_L[target]
         case "multilabel":
-            return binary_cross_entropy_with_logits(logits_DL, target.to(logits_DL.dtype))
+            return binary_cross_entropy_with_logits(
+                logits_DL, target.to(logits_DL.dtype), pos_weight=label_weight_L, reduction="none"
+            ).mean(dim=1)
         case "regression":
-            return mse_loss(logits_DL[:, 0], target.to(logits_DL.dtype))
+            return mse_loss(logits_DL[:, 0], target.to(logits_DL.dtype), reduction="none")

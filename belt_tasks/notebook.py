@@ -16,21 +16,21 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import encoder, fine_tuning, prepare, scoring
+from belt_tasks import data_parallel, prepare, scoring
 from belt_tasks.checkpoint import Checkpoint
+from belt_tasks.data_parallel import Ranks
 from belt_tasks.encoder import ChunkModel
 from belt_tasks.errors import ConfigError
-from belt_tasks.fine_tuning import Trainer
 from belt_tasks.predictions import DocumentScores
 from belt_tasks.specs import BatchSpec, ChunkSpec, Head, PoolingSpec, PoolingStrategy, ScoreSpec, Spec, TrainSpec
 from belt_tasks.tokens import load_tokenizer
+from belt_tasks.trainer import Trainer, build_trainer
+from belt_tasks.training_loop import TrainingLoop
 from belt_tasks.training_set import TrainingSet
-from belt_tasks.windows import chunk_windows
 
 TRUNCATED_SIZE = 510
 NUM_NAMED = 3  # wrong values in a message
@@ -191,31 +191,30 @@ class _Model:
         training_set = TrainingSet(
             doc_ids=list(map(str, range(len(texts)))),
             input_ids_T=tokens.input_ids_T,
-            offsets=tokens.offsets,
+            first_token_D=tokens.offsets[:-1],
+            num_tokens_D=tokens.num_tokens_D,
             document_seed_D=prepare.document_seeds(prepare.content_fingerprints(texts)),
             target=target,
             head=self._head,
             fingerprint="",
         )
-        trainer = self._trainer(training_set, spec)
         self._scored_by = None
-        for _ in fine_tuning.train_epochs(trainer, np.arange(len(texts))):
-            pass
+        with data_parallel.alone(spec.device, spec.precision) as ranks:
+            trainer = self._trainer(training_set, spec, ranks)
+            for _ in TrainingLoop(trainer=trainer, documents=np.arange(len(texts))).epochs():
+                pass
 
-    def _trainer(self, training_set: TrainingSet, spec: TrainSpec) -> Trainer:
-        torch.manual_seed(spec.seed)
+    def _trainer(self, training_set: TrainingSet, spec: TrainSpec, ranks: Ranks) -> Trainer:
         if self._model is None:
-            trainer = fine_tuning.build_trainer(training_set, spec, encoder_source=self._source)
+            trainer = build_trainer(training_set, spec, encoder_source=self._source, ranks=ranks)
             self._model = trainer.model
             return trainer
-        device, seeds_D = encoder.choose_device(spec.device), training_set.document_seed_D
         return Trainer(
-            model=self._model.to(device),
+            model=self._model.to(ranks.device),
             training_set=training_set,
-            windows=chunk_windows(np.diff(training_set.offsets), spec.chunks, document_seed_D=seeds_D),
             special=load_tokenizer(self._source).special,
             spec=spec,
-            device=device,
+            ranks=ranks,
         )
 
     def _score(self, x: Sequence[str], batch_size: int | None) -> DocumentScores:

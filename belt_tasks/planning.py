@@ -11,6 +11,7 @@ from belt_tasks import data_parallel, encoder, milestones, progress, storage, tr
 from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, read_manifest, run_id_of
+from belt_tasks.receipts import ShardReceipt
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, Spec, TaskKind, TrainSpec
 from belt_tasks.tokens import load_tokenizer
 
@@ -24,18 +25,31 @@ class ChunkPlan(Spec):
     duplicates_uri: str | None
 
 
+class PreparePlan(Spec):
+    """Labelled documents to tokenize, once for all runs that train on them."""
+
+    run: RunRef
+    """Where the tokens are kept; its name says of what content, tokenizer and columns they are."""
+    shards: tuple[ShardRef, ...]
+    corpus: CorpusSpec
+    encoder: str
+    label_role: LabelRole
+    duplicates_uri: str | None
+    vocabulary: tuple[str, ...] | None = None
+    """Allowed class names; None allows all."""
+
+
 class TrainPlan(Spec):
     """A fine-tuning run, ready to start."""
 
     run: RunRef
-    shards: tuple[ShardRef, ...]
+    prepare: PreparePlan
+    """The documents to train on."""
     encoder: str
     task: TaskKind | None
     """None where the number of classes will decide between binary and multiclass."""
-    label_role: LabelRole
     device: str
     """Its name."""
-    duplicates_uri: str | None
 
 
 class EvaluationPlan(Spec):
@@ -88,28 +102,91 @@ def plan_fine_tuning(
     task = training_set.infer_task(corpora.label_column_type(corpus_uri, corpus), spec.task)
     label_role: LabelRole = training_set.LABEL_ROLES[task] if task else "label"
     shards = corpora.plan_shards(corpus_uri, corpus, label_role=label_role)
+    if spec.validation_split is not None:
+        corpora.plan_shards(corpus_uri, _validation_corpus(corpus, spec), label_role=label_role)
     device = encoder.choose_device(spec.device)
-    data_parallel.check(spec.num_devices, spec.device)
+    data_parallel.check(spec)
     encoder_source = _absolute_source(encoder_source)
+    tokenizer = load_tokenizer(encoder_source)
     encoder.check_chunk_size(
-        spec.chunks,
-        load_tokenizer(encoder_source).special,
-        encoder.num_positions_of_source(encoder_source),
-        source=encoder_source,
+        spec.chunks, tokenizer.special, encoder.num_positions_of_source(encoder_source), source=encoder_source
     )
     digest = encoder.source_fingerprint(encoder_source)
     run_id = run_id_of(_keys(shards), corpus=corpus, flow="fine-tune", spec=spec, encoder=digest)
     run = open_run(output_uri, run_id, flow="fine-tune")
-    milestones.planned(run_id, "prepare", num_shards=len(shards), num_rows=sum(shard.num_rows for shard in shards))
     return TrainPlan(
         run=run,
-        shards=tuple(shards),
+        prepare=_plan_prepare(run.output_uri, shards, corpus, encoder_source, label_role, vocabulary=None),
         encoder=encoder_source,
         task=task,
-        label_role=label_role,
         device=encoder.device_name(device),
-        duplicates_uri=_write_duplicates(run, shards, corpus),
     )
+
+
+def plan_validation(corpus_uri: str, plan: TrainPlan, receipts: Sequence[ShardReceipt], spec: TrainSpec) -> PreparePlan:
+    """Plan how the documents of a validation split are tokenized.
+
+    Args:
+        corpus_uri: of the fine-tuning.
+        plan: of it.
+        receipts: of its training documents, from which the labels are learned: others are put aside.
+        spec: names the split.
+
+    Raises:
+        ConfigError: the training documents' labels do not make a task.
+    """
+    training = plan.prepare
+    uris = training_set.tokens_uris(plan.run.output_uri, receipts)
+    vocabulary = training_set.learn_labels(uris, task=plan.task, label_role=training.label_role)
+    corpus = _validation_corpus(training.corpus, spec)
+    shards = corpora.plan_shards(corpus_uri, corpus, label_role=training.label_role)
+    return _plan_prepare(plan.run.output_uri, shards, corpus, plan.encoder, training.label_role, vocabulary=vocabulary)
+
+
+def _plan_prepare(
+    output_uri: str,
+    shards: Sequence[ShardRef],
+    corpus: CorpusSpec,
+    encoder_source: str,
+    label_role: LabelRole,
+    *,
+    vocabulary: tuple[str, ...] | None,
+) -> PreparePlan:
+    run_id = run_id_of(
+        _keys(shards),
+        flow="prepare",
+        corpus=corpus,
+        tokenizer=load_tokenizer(encoder_source).fingerprint,
+        label_role=label_role,
+        vocabulary=vocabulary,
+    )
+    run = RunRef(output_uri=output_uri, run_id=run_id)
+    milestones.planned(run_id, "prepare", num_shards=len(shards), num_rows=sum(shard.num_rows for shard in shards))
+    return PreparePlan(
+        run=run,
+        shards=tuple(shards),
+        corpus=corpus,
+        encoder=encoder_source,
+        label_role=label_role,
+        duplicates_uri=_write_duplicates(run, shards, corpus),
+        vocabulary=vocabulary,
+    )
+
+
+def _validation_corpus(corpus: CorpusSpec, spec: TrainSpec) -> CorpusSpec:
+    """The same columns, of the rows held out.
+
+    Raises:
+        ConfigError: the corpus has no splits, or this is the one that is trained on.
+    """
+    if corpus.split_column is None:
+        raise ConfigError(
+            f"validation_split {spec.validation_split!r} needs a column that tells splits apart: name split_column "
+            "and the split to train on"
+        )
+    if corpus.split == spec.validation_split:
+        raise ConfigError(f"validation_split must be another split than the one to train on, {corpus.split!r}")
+    return corpus.model_copy(update={"split": spec.validation_split})
 
 
 def plan_evaluation(corpus_uri: str, checkpoint_uri: str, corpus: CorpusSpec) -> EvaluationPlan:
@@ -177,7 +254,8 @@ def _keys(shards: Sequence[ShardRef]) -> list[str]:
 
 
 def _write_duplicates(run: RunRef, shards: Sequence[ShardRef], corpus: CorpusSpec) -> str | None:
-    if storage.exists(run.manifest_uri):  # the run is complete; its corpus is the same
+    done = [run.manifest_uri] if storage.exists(run.manifest_uri) else [run.receipt_uri(key) for key in _keys(shards)]
+    if all(storage.exists(uri) for uri in done):  # the run is complete; its corpus is the same
         return run.existing_duplicates_uri()
     duplicates = corpora.duplicate_rows(list(shards), corpus)
     if duplicates.num_rows > 0:

@@ -29,7 +29,7 @@ class TokenBlock:
     """Tokenized documents of a shard, D of them, and the rows that were put aside on the way."""
 
     documents: pl.DataFrame
-    """doc_id, content_fingerprint, label, labels, target, row_index; D rows."""
+    """doc_id, content_fingerprint, label, labels, target, weight, row_index; D rows."""
     tokens: Tokens
     rejected: pl.DataFrame
     """source_uri, row_index, doc_id, reason, detail."""
@@ -48,6 +48,7 @@ def token_blocks(
     duplicates_uri: str | None = None,
     rows: npt.NDArray[np.int64] | None = None,
     label_role: LabelRole = "none",
+    vocabulary: frozenset[str] | None = None,
     keep_text: bool = False,
 ) -> Generator[TokenBlock]:
     """Read and tokenize a shard, block by block; the last block may hold rejected rows alone.
@@ -60,13 +61,16 @@ def token_blocks(
         duplicates_uri: table of rows whose doc_id came before; None where there is none.
         rows: positions in the file of the rows that are wanted; None wants all.
         label_role: how to read the label column.
+        vocabulary: allowed class names; None allows all.
         keep_text: whether the documents keep their column `text`.
 
     Raises:
         ShardError: the file became unreadable after planning.
     """
     duplicates = duplicates_of(shard, duplicates_uri)
-    batches = corpus.read_documents(shard, spec, duplicates=duplicates, label_role=label_role, rows=rows)
+    batches = corpus.read_documents(
+        shard, spec, duplicates=duplicates, label_role=label_role, vocabulary=vocabulary, rows=rows
+    )
     documents: list[pl.DataFrame] = []
     tokens: list[Tokens] = []
     rejected: list[pl.DataFrame] = []

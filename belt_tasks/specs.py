@@ -129,6 +129,9 @@ class CorpusSpec(Spec):
     label_column: str = "label"
     """Column that holds the label; read only by fine-tuning and evaluation."""
 
+    weight_column: str | None = None
+    """Column that says how much a document counts in the training loss, a number above 0; read only by fine-tuning."""
+
     split_column: str | None = None
     """Column that tells splits apart; without it every row is read."""
 
@@ -241,7 +244,7 @@ class TrainSpec(Spec):
 
     num_devices: int = Field(default=1, ge=1)
     """GPUs of this machine, or processes on its CPU, that share every batch of documents; the result is the same but
-    for float noise and the draws of dropout."""
+    for float noise."""
 
     epochs: int = Field(default=3, ge=1)
     """Passes over the training documents."""
@@ -273,8 +276,28 @@ class TrainSpec(Spec):
     precision: Precision = "fp32"
     """fp32, or autocast to bf16 or fp16 on a GPU."""
 
+    label_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0.0)]] | None = None
+    """How much documents count by their label: balanced makes rare labels count as much as common ones; or weights by
+    label, 1 for those not named. Of multilabel they weigh the documents that carry a label against the others."""
+
+    redraw_chunks: bool = False
+    """Draw the chunks of `selection: random_k` anew in every epoch; otherwise a document keeps its draw. Validation and
+    scoring keep it in any case."""
+
     validation_fraction: Fraction = 0.1
     """Share of the training documents held out to choose the best epoch; by a stable hash of doc_id."""
+
+    validation_split: str | None = None
+    """Rows whose split_column equals this value are held out instead of a share of the training documents."""
+
+    metric_for_best_model: Metric | None = None
+    """Metric of the held-out documents that chooses the best epoch; None is their loss."""
+
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Epochs without a better one after which training ends; None goes on to the last."""
+
+    save_every_s: float = Field(default=300.0, gt=0.0)
+    """Seconds between saved states, from which a run goes on that was killed; one is saved after every epoch too."""
 
     calibration: Literal["auto", "none"] = "auto"
     """auto fits probabilities to the held-out documents, if there are 20 or more: by a temperature, or by a slope and

@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -80,6 +80,20 @@ def list_files(uri: str, *, suffix: str, hidden: bool = False) -> list[StoredFil
     Raises:
         ConfigError: there is nothing, or it cannot be read.
     """
+    files = files_under(uri, suffix=suffix, hidden=hidden)
+    if files is None:
+        raise ConfigError(f"{uri}: no such file, directory or glob")
+    if not files:
+        raise ConfigError(f"{uri}: no {suffix} files there")
+    return files
+
+
+def files_under(uri: str, *, suffix: str = "", hidden: bool = False) -> list[StoredFile] | None:
+    """As `list_files`, but nothing is no error: None where there is no such place.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     with errors_of(f"list {uri}"):
         filesystem, path = _resolve(uri)
         if glob.has_magic(path) and not filesystem.exists(path):
@@ -93,7 +107,7 @@ def list_files(uri: str, *, suffix: str, hidden: bool = False) -> list[StoredFil
         elif filesystem.exists(path):
             found = {path: filesystem.info(path)}
         else:
-            raise ConfigError(f"{uri}: no such file, directory or glob")
+            return None
     files = [
         StoredFile(
             uri=filesystem.unstrip_protocol(name),
@@ -104,8 +118,6 @@ def list_files(uri: str, *, suffix: str, hidden: bool = False) -> list[StoredFil
         for name, info in sorted(found.items())
         if info["type"] != "directory"
     ]
-    if not files:
-        raise ConfigError(f"{uri}: no {suffix} files there")
     return [_as_given(file, filesystem) for file in files]
 
 
@@ -248,6 +260,51 @@ class _Writer(pq.ParquetWriter):  # type: ignore[misc]
         except OSError as error:
             self.is_open = False  # what cannot be written need not be ended
             raise ConfigError(f"cannot {self._action}: {os.strerror(error.errno) if error.errno else error}") from error
+
+
+@contextmanager
+def staged_file(folder_uri: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A local file to write, and what gives it a name in a directory when it is whole; it goes when the block ends.
+
+    Raises:
+        ConfigError: there is no room, or it cannot be written there.
+    """
+    filesystem, path = _resolve(folder_uri)
+    is_local = isinstance(filesystem, LocalFileSystem)
+    place = folder_uri if is_local else f"a temporary file in {tempfile.gettempdir()}"
+    with ExitStack() as stack:
+        with errors_of(f"write {place}"):
+            folder = Path(path) if is_local else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            temporary = stack.enter_context(_temporary_beside(folder / "staged"))
+
+        def put(name: str) -> None:
+            with errors_of(f"write {join(folder_uri, name)}"):
+                if is_local:
+                    _sync(temporary)
+                    temporary.replace(folder / name)
+                else:
+                    filesystem.put_file(str(temporary), f"{path.rstrip('/')}/{name}")
+
+        with errors_of(f"write {place}"):
+            yield temporary, put
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """An object as a local file: itself where it is local, otherwise a copy that goes when the block ends.
+
+    Raises:
+        ConfigError: there is no such object.
+    """
+    filesystem, path = _resolve(uri)
+    if isinstance(filesystem, LocalFileSystem):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "file"
+        with errors_of(f"read {uri}"):
+            filesystem.get_file(path, str(target))
+        yield target
 
 
 def write_parquet(uri: str, table: pa.Table) -> None:

@@ -4,6 +4,7 @@ One int32 buffer holds all documents, one after the other; overlap and padding n
 document that spells out "[SEP]" or "</s>" gets the tokens of these letters, never the special token.
 """
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -100,6 +101,11 @@ class DocumentTokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = np.array(sorted(i for i, token in added.items() if token.special), dtype=np.int32)
         self._unknown_id = unknown_id
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells its tokens from those of another: sha256 over all it consists of, 64 hex digits."""
+        return hashlib.sha256(f"{self._tokenizer.to_str()}{self.special}".encode()).hexdigest()
 
     @classmethod
     def from_transformers(cls, tokenizer: PreTrainedTokenizerBase, *, pad_id: int | None, source: str) -> Self:

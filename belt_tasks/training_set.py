@@ -1,8 +1,10 @@
-"""The training set: labelled documents as tokens, read once from the corpus and used in every epoch."""
+"""The training set: labelled documents as tokens, read once from the corpus and used in every epoch and run."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, ShardWriter
 from belt_tasks.receipts import Counts, ShardReceipt, Stopwatch
 from belt_tasks.specs import CorpusSpec, Head, TaskKind
+from belt_tasks.token_buffer import map_file, mapped_tokens
 from belt_tasks.tokens import load_tokenizer
 
 LABEL_ROLES: dict[TaskKind, LabelRole] = {
@@ -33,20 +36,81 @@ class TrainingSet:
 
     doc_ids: list[str]
     input_ids_T: npt.NDArray[np.int32]
-    """Content tokens, one document after the other."""
-    offsets: npt.NDArray[np.int64]
-    """Document d owns `input_ids_T[offsets[d] : offsets[d + 1]]`."""
+    """Content tokens of all documents, maybe mapped from a file."""
+    first_token_D: npt.NDArray[np.int64]
+    """Document d owns `input_ids_T[first_token_D[d] :][: num_tokens_D[d]]`."""
+    num_tokens_D: npt.NDArray[np.int64]
     document_seed_D: npt.NDArray[np.int64]
     """A number that depends on the text alone."""
     target: npt.NDArray[Any]
-    """What `heads.loss` wants: positions in the labels int64 [D], bool [D, L], or float64 [D]."""
+    """What `heads.losses` wants: positions in the labels int64 [D], bool [D, L], or float64 [D]."""
     head: Head
     fingerprint: str
     """sha256 over ids, contents and labels, 64 hex digits."""
+    weight_D: npt.NDArray[np.float64] | None = None
+    """How much each document counts; None where all count the same."""
+    is_validation_D: npt.NDArray[np.bool_] | None = None
+    """Which documents come from a split of their own for validation; None where there is no such split."""
 
     def held_out_D(self, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-        """Documents for validation: a share of about `fraction`, by a stable hash of doc_id."""
-        return np.array([_unit_hash(f"{seed}\0{doc_id}") < fraction for doc_id in self.doc_ids], dtype=bool)
+        """Documents for validation: their own split, or a share of about `fraction`, by a stable hash of doc_id.
+
+        A label's only documents are not held out: the model would never see the label.
+        """
+        if self.is_validation_D is not None:
+            return self.is_validation_D
+        held_out_D = np.array([_unit_hash(f"{seed}\0{doc_id}") < fraction for doc_id in self.doc_ids], dtype=bool)
+        return held_out_D & ~self._carries(~self._is_in(~held_out_D))
+
+    def _is_in(self, chosen_D: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which labels some documents have, [L]; all of a regression."""
+        num_labels = len(self.head.labels)
+        if self.head.task == "regression":
+            return np.ones(num_labels, dtype=bool)
+        if self.head.task == "multilabel":
+            return np.asarray(self.target[chosen_D].any(axis=0))
+        return np.asarray(np.bincount(self.target[chosen_D], minlength=num_labels) > 0)
+
+    def _carries(self, labels_L: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which documents have one of some labels, [D]."""
+        if self.head.task == "regression":
+            return np.zeros(len(self.target), dtype=bool)
+        return np.asarray(self.target[:, labels_L].any(axis=1) if self.target.ndim > 1 else labels_L[self.target])
+
+
+def label_weights(
+    training_set: TrainingSet, training: npt.NDArray[np.int64], wanted: Literal["balanced"] | dict[str, float] | None
+) -> npt.NDArray[np.float64] | None:
+    """Weights by label, as `heads.losses` wants them: float64 [L], or None where all labels count the same.
+
+    Args:
+        training_set: labelled documents.
+        training: those that are trained on.
+        wanted: balanced gives each label of a binary or multiclass task the same sum of weights, and of multilabel
+            those that carry a label the same as those that do not; or weights by name, 1 for those not named.
+
+    Raises:
+        ConfigError: a name is no label, or the task is a regression.
+    """
+    head = training_set.head
+    if wanted is None:
+        return None
+    if head.task == "regression":
+        raise ConfigError("label_weights: a regression has no labels to weigh; leave it out")
+    if wanted != "balanced":
+        unknown = sorted(set(wanted) - set(head.labels))
+        if unknown:
+            raise ConfigError(
+                f"label_weights: no such labels as {', '.join(map(repr, unknown[:10]))}; the training documents have "
+                f"{', '.join(map(repr, head.labels[:10]))}"
+            )
+        return np.array([wanted.get(label, 1.0) for label in head.labels], dtype=np.float64)
+    target = training_set.target[training]
+    if head.task == "multilabel":
+        num_with_L = np.maximum(target.sum(axis=0), 1)
+        return np.asarray((len(target) - num_with_L).clip(1) / num_with_L, dtype=np.float64)
+    num_L = np.maximum(np.bincount(target, minlength=len(head.labels)), 1)
+    return np.asarray(len(target) / (len(head.labels) * num_L), dtype=np.float64)
 
 
 def infer_task(column: pa.DataType, wanted: TaskKind | None) -> TaskKind | None:
@@ -83,6 +147,7 @@ def prepare_shard(
     encoder: str,
     label_role: LabelRole,
     duplicates_uri: str | None,
+    vocabulary: tuple[str, ...] | None = None,
 ) -> ShardReceipt:
     """Tokenize one shard of labelled documents and write its tokens table, unless an earlier attempt did.
 
@@ -93,6 +158,7 @@ def prepare_shard(
         encoder: local directory or hub name of the tokenizer.
         label_role: how to read the label column.
         duplicates_uri: table of rows whose doc_id came before; None where there is none.
+        vocabulary: allowed class names; None allows all.
     """
     finished = publishing.finished_shard(run, shard)
     if finished is not None:
@@ -106,6 +172,7 @@ def prepare_shard(
         duplicates_uri=duplicates_uri,
         stopwatch=stopwatch,
         label_role=label_role,
+        vocabulary=None if vocabulary is None else frozenset(vocabulary),
     )
     with ShardWriter.open(run, shard, table="tokens") as writer:
         for block in blocks:
@@ -120,60 +187,123 @@ def prepare_shard(
     return writer.receipt(counts.model_copy(update=stopwatch.receipt()))
 
 
+@contextmanager
 def load_training_set(
-    uris: list[str], *, task: TaskKind | None, target_name: str, label_role: LabelRole
-) -> TrainingSet:
-    """Read tokens tables into one training set, and learn the labels from them.
+    uris: Sequence[str],
+    *,
+    task: TaskKind | None,
+    target_name: str,
+    label_role: LabelRole,
+    validation_uris: Sequence[str] = (),
+    tokens_path: str | None = None,
+) -> Iterator[tuple[TrainingSet, str | None]]:
+    """Read tokens tables into one training set, whose tokens are mapped, and learn the labels from them.
 
     Args:
         uris: tokens tables.
         task: None lets the number of classes decide between binary and multiclass.
         target_name: the name of a regression's target.
         label_role: how the label column was read.
+        validation_uris: tokens tables of the documents that are validated with.
+        tokens_path: where another process of this machine has mapped the tokens; None maps them here.
+
+    Returns:
+        The training set, which lasts as long as the block, and where other processes find its tokens.
 
     Raises:
         ConfigError: there is no document, or the labels do not make a task.
     """
-    table = pa.concat_tables([storage.read_parquet(uri) for uri in uris])
-    frame = pl.DataFrame(table.drop_columns(["input_ids"])).with_row_index("row").sort("doc_id")
-    if len(frame) == 0:
+    frames = [
+        _documents(uri).with_columns(is_validation=pl.lit(is_validation))
+        for some, is_validation in ((uris, False), (validation_uris, True))
+        for uri in some
+    ]
+    frame = pl.concat(frames)
+    frame = frame.with_columns(first_token=pl.col("num_tokens").cum_sum() - pl.col("num_tokens"))
+    frame = frame.sort("doc_id", "is_validation")
+    learned_from = frame.filter(pl.col("is_validation").not_())
+    if len(learned_from) == 0:
         raise ConfigError("no document is left to train on: all rows were rejected or belong to another split")
-    tokens = table["input_ids"].combine_chunks().take(pa.array(frame["row"].to_numpy()))
-    head, target = _head_and_target(frame, task, target_name, label_role)
+    head = _learn_head(learned_from, task, target_name, label_role)
     fingerprint = hashlib.sha256()
-    for row in frame.select("doc_id", "content_fingerprint", "label", "labels", "target").iter_rows():
+    for row in frame.select("doc_id", "content_fingerprint", "label", "labels", "target", "weight").iter_rows():
         fingerprint.update(repr(row).encode())
-    return TrainingSet(
-        doc_ids=frame["doc_id"].to_list(),
-        input_ids_T=tokens.values.to_numpy()[tokens.offsets[0].as_py() : tokens.offsets[-1].as_py()],
-        offsets=tokens.offsets.to_numpy().astype(np.int64) - tokens.offsets[0].as_py(),
-        document_seed_D=prepare.document_seeds(frame["content_fingerprint"]),
-        target=target,
-        head=head,
-        fingerprint=fingerprint.hexdigest(),
-    )
+    with ExitStack() as stack:
+        if tokens_path is None:
+            input_ids_T, path = stack.enter_context(mapped_tokens([*uris, *validation_uris]))
+        else:
+            input_ids_T, path = map_file(tokens_path), tokens_path
+        yield (
+            TrainingSet(
+                doc_ids=frame["doc_id"].to_list(),
+                input_ids_T=input_ids_T,
+                first_token_D=frame["first_token"].to_numpy(),
+                num_tokens_D=frame["num_tokens"].to_numpy(),
+                document_seed_D=prepare.document_seeds(frame["content_fingerprint"]),
+                target=_target(frame, head),
+                head=head,
+                fingerprint=fingerprint.hexdigest(),
+                weight_D=None if frame["weight"].null_count() else frame["weight"].to_numpy(),
+                is_validation_D=frame["is_validation"].to_numpy() if validation_uris else None,
+            ),
+            path,
+        )
 
 
-def _head_and_target(
-    frame: pl.DataFrame, task: TaskKind | None, target_name: str, label_role: LabelRole
-) -> tuple[Head, npt.NDArray[Any]]:
+def tokens_uris(output_uri: str, receipts: Sequence[ShardReceipt]) -> list[str]:
+    """The tokens tables of prepared shards."""
+    return [storage.join(output_uri, file.path) for receipt in receipts for file in receipt.files_of("tokens")]
+
+
+def learn_labels(uris: Sequence[str], *, task: TaskKind | None, label_role: LabelRole) -> tuple[str, ...] | None:
+    """The labels that training documents have; None of a regression.
+
+    Args:
+        uris: their tokens tables.
+        task: None lets the number of classes decide between binary and multiclass.
+        label_role: how the label column was read.
+
+    Raises:
+        ConfigError: they do not make a task.
+    """
     if label_role == "target":
-        return Head(task="regression", labels=(target_name,)), frame["target"].to_numpy()
+        return None
+    return _learn_head(pl.concat(map(_documents, uris)), task, "", label_role).labels
+
+
+def _documents(uri: str) -> pl.DataFrame:
+    """A tokens table without its tokens."""
+    names = [name for name in data_contracts.arrow_schema("tokens").names if name != "input_ids"]
+    frame = pl.DataFrame(storage.read_parquet(uri, columns=names))
+    return frame.with_columns(pl.col("num_tokens").cast(pl.Int64))
+
+
+def _learn_head(frame: pl.DataFrame, task: TaskKind | None, target_name: str, label_role: LabelRole) -> Head:
+    if label_role == "target":
+        return Head(task="regression", labels=(target_name,))
     if label_role == "labels":
         names = frame["labels"].list.explode().drop_nulls().unique().sort().to_list()
         if not names:
             raise ConfigError("a multilabel task needs labels, but every document's list is empty")
-        target_DL = np.array([[name in carried for name in names] for carried in frame["labels"]], dtype=bool)
-        return Head(task="multilabel", labels=tuple(names)), target_DL
+        return Head(task="multilabel", labels=tuple(names))
     names = frame["label"].unique().sort().to_list()
     fitting: TaskKind = task or ("binary" if len(names) == 2 else "multiclass")  # noqa: PLR2004 - two classes
     if len(names) < 2 or (fitting == "binary" and len(names) != 2):  # noqa: PLR2004
         needed = "exactly 2" if fitting == "binary" else "at least 2"
         shown = ", ".join(map(repr, names[:10]))
         raise ConfigError(f"a {fitting} task needs {needed} different labels, got {len(names)}: {shown}")
-    positions = {name: i for i, name in enumerate(names)}
-    target_D = np.array([positions[name] for name in frame["label"]], dtype=np.int64)
-    return Head(task=fitting, labels=tuple(names)), target_D
+    return Head(task=fitting, labels=tuple(names))
+
+
+def _target(frame: pl.DataFrame, head: Head) -> npt.NDArray[Any]:
+    match head.task:
+        case "regression":
+            return frame["target"].to_numpy()
+        case "multilabel":
+            return np.array([[name in carried for name in head.labels] for carried in frame["labels"]], dtype=bool)
+        case "binary" | "multiclass":
+            positions = {name: i for i, name in enumerate(head.labels)}
+            return np.array([positions[name] for name in frame["label"]], dtype=np.int64)
 
 
 def _tokens_table(block: prepare.TokenBlock) -> pa.Table:

@@ -16,7 +16,7 @@ import typer
 
 from belt_tasks import specs
 from belt_tasks.errors import ConfigError
-from flows import cli_models, cli_runs
+from flows import cli_models, cli_runs, launch
 from flows.local_server import local_server
 from flows.observation import LOG_FORMAT, observe_command
 from flows.options import (
@@ -84,6 +84,7 @@ from flows.options import (
     Stride,
     TextColumn,
     Threshold,
+    WeightColumn,
     Who,
     WrongUsageError,
     build,
@@ -262,6 +263,7 @@ def fine_tune(
     id_column: IdColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    weight_column: WeightColumn = None,
     split_column: SplitColumn = None,
     split: Split = None,
     task: Annotated[str | None, option(specs.TrainSpec, "task")] = None,
@@ -287,7 +289,13 @@ def fine_tune(
     max_grad_norm: Annotated[str | None, option(specs.TrainSpec, "max_grad_norm")] = None,
     dropout: Annotated[str | None, option(specs.TrainSpec, "dropout")] = None,
     precision: Annotated[str | None, option(specs.TrainSpec, "precision")] = None,
+    label_weights: Annotated[str | None, option(specs.TrainSpec, "label_weights")] = None,
+    redraw_chunks: Annotated[bool | None, option(specs.TrainSpec, "redraw_chunks")] = None,
     validation_fraction: Annotated[str | None, option(specs.TrainSpec, "validation_fraction")] = None,
+    validation_split: Annotated[str | None, option(specs.TrainSpec, "validation_split")] = None,
+    metric_for_best_model: Annotated[str | None, option(specs.TrainSpec, "metric_for_best_model")] = None,
+    early_stopping_patience: Annotated[str | None, option(specs.TrainSpec, "early_stopping_patience")] = None,
+    save_every_s: Annotated[str | None, option(specs.TrainSpec, "save_every_s")] = None,
     calibration: Annotated[str | None, option(specs.TrainSpec, "calibration")] = None,
     seed: Annotated[str | None, option(specs.TrainSpec, "seed")] = None,
     storage_block: StorageBlock = None,
@@ -298,6 +306,9 @@ def fine_tune(
         sections = read_config(config, sections=("corpus", "spec"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         spec = build(specs.TrainSpec, options, sections, section="spec")
+        if launch.is_follower():
+            launch.follow(spec)
+            return
         with running():
             from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set
 

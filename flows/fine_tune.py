@@ -6,7 +6,9 @@ from prefect import flow, unmapped
 
 from belt_tasks import summaries
 from belt_tasks.fine_tuning import FineTuningReceipt
+from belt_tasks.planning import PreparePlan
 from belt_tasks.publishing import Manifest
+from belt_tasks.receipts import ShardReceipt
 from belt_tasks.specs import CorpusSpec, TrainSpec
 from flows import artifacts, run_names, tasks
 from flows.attempt import Seconds, attempt
@@ -38,20 +40,14 @@ def fine_tune(
         plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
         manifest = tasks.republish_fine_tuning(plan.run)
         if manifest is None:
-            receipts = tasks.gather(
-                tasks.prepare_shard.map(
-                    list(plan.shards),
-                    unmapped(corpus),
-                    run=unmapped(plan.run),
-                    encoder=unmapped(plan.encoder),
-                    label_role=unmapped(plan.label_role),
-                    duplicates_uri=unmapped(plan.duplicates_uri),
-                )
-            )
-            trained = tasks.fine_tune_prepared(plan, receipts, corpus, spec)
+            receipts = _prepare(plan.prepare)
+            validation_receipts = []
+            if spec.validation_split is not None:
+                validation_receipts = _prepare(tasks.plan_validation(corpus_uri, plan, receipts, spec))
+            trained = tasks.fine_tune_prepared(plan, receipts, spec, validation_receipts)
             manifest = tasks.publish(
                 plan.run,
-                receipts,
+                [*receipts, *validation_receipts],
                 row={
                     "flow": "fine-tune",
                     "corpus_uri": corpus_uri,
@@ -72,3 +68,17 @@ def fine_tune(
             summaries.run_summary(manifest, asked_at=started_at) + "\n" + summaries.fine_tuning_summary(trained),
         )
         return manifest, trained
+
+
+def _prepare(plan: PreparePlan) -> list[ShardReceipt]:
+    return tasks.gather(
+        tasks.prepare_shard.map(
+            list(plan.shards),
+            unmapped(plan.corpus),
+            run=unmapped(plan.run),
+            encoder=unmapped(plan.encoder),
+            label_role=unmapped(plan.label_role),
+            duplicates_uri=unmapped(plan.duplicates_uri),
+            vocabulary=unmapped(plan.vocabulary),
+        )
+    )

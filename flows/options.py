@@ -93,6 +93,7 @@ Who = Annotated[
 IdColumn = Annotated[str | None, option(specs.CorpusSpec, "id_column")]
 TextColumn = Annotated[str | None, option(specs.CorpusSpec, "text_column")]
 LabelColumn = Annotated[str | None, option(specs.CorpusSpec, "label_column")]
+WeightColumn = Annotated[str | None, option(specs.CorpusSpec, "weight_column")]
 SplitColumn = Annotated[str | None, option(specs.CorpusSpec, "split_column")]
 Split = Annotated[str | None, option(specs.CorpusSpec, "split")]
 

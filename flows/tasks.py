@@ -75,6 +75,7 @@ def bind(function: Callable[P, R], *, task_run_name: str | None = None) -> Task[
 plan_scoring = bind(score_planning.plan_scoring)
 plan_chunking = bind(planning.plan_chunking)
 plan_fine_tuning = bind(planning.plan_fine_tuning)
+plan_validation = bind(planning.plan_validation)
 plan_evaluation = bind(planning.plan_evaluation)
 
 preview_scoring = bind(preview.preview_scoring)

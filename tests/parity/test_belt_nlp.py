@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from belt_tasks import fine_tuning, scoring
+from belt_tasks import data_parallel, scoring, training_loop
 from belt_tasks.batches import collate
 from belt_tasks.checkpoint import Checkpoint
 from belt_tasks.encoder import ChunkModel, load_body
 from belt_tasks.specs import BatchSpec, ChunkSpec, Head, PoolingSpec, ScoreSpec, TrainSpec
 from belt_tasks.tokens import load_tokenizer
+from belt_tasks.trainer import Trainer
+from belt_tasks.training_loop import TrainingLoop
 from belt_tasks.training_set import TrainingSet
 from belt_tasks.windows import chunk_windows
 from tests.conftest import save_tiny_encoder, words
@@ -131,7 +133,13 @@ def their_special_ids(monkeypatch):
     monkeypatch.setattr(belt_nlp.splitting, "add_special_tokens_at_beginning_and_end", add)
 
 
-def twins(encoder, *, strategy, num_labels, learning_rate=1e-4, epochs=1, batch_size=2, accumulation_steps=1):
+@pytest.fixture
+def ranks():
+    with data_parallel.alone("cpu", "fp32") as alone:
+        yield alone
+
+
+def twins(encoder, ranks, *, strategy, num_labels, learning_rate=1e-4, epochs=1, batch_size=2, accumulation_steps=1):
     """belt-nlp's model and belt's trainer over the same weights."""
     torch.manual_seed(3)
     network = BertNN(AutoModel.from_pretrained(encoder, dtype=torch.float32), num_labels)
@@ -170,21 +178,21 @@ def twins(encoder, *, strategy, num_labels, learning_rate=1e-4, epochs=1, batch_
     tokens = tokenizer.tokenize(TEXTS)
     model = ChunkModel(load_body(encoder, dropout=0.0), num_logits=head.num_logits, pooling=spec.pooling)
     model.head.linear.load_state_dict(network.linear.state_dict())
-    trainer = fine_tuning.Trainer(
+    trainer = Trainer(
         model=model,
         training_set=TrainingSet(
             doc_ids=list(map(str, range(len(TEXTS)))),
             input_ids_T=tokens.input_ids_T,
-            offsets=tokens.offsets,
+            first_token_D=tokens.offsets[:-1],
+            num_tokens_D=tokens.num_tokens_D,
             document_seed_D=np.arange(len(TEXTS)),
             target=target,
             head=head,
             fingerprint="",
         ),
-        windows=chunk_windows(tokens.num_tokens_D, spec.chunks),
         special=tokenizer.special,
         spec=spec,
-        device=torch.device("cpu"),
+        ranks=ranks,
     )
     return theirs, trainer, tokenizer
 
@@ -205,8 +213,8 @@ def predict(trainer, tokenizer):
 @pytest.mark.usefixtures("their_special_ids")
 @pytest.mark.parametrize("strategy", ["mean", "max"])
 @pytest.mark.parametrize("num_labels", [1, 3])
-def test_pooled_logits_equal_for_the_same_weights(wide_encoder, strategy, num_labels):
-    theirs, trainer, tokenizer = twins(wide_encoder, strategy=strategy, num_labels=num_labels)
+def test_pooled_logits_equal_for_the_same_weights(wide_encoder, ranks, strategy, num_labels):
+    theirs, trainer, tokenizer = twins(wide_encoder, ranks, strategy=strategy, num_labels=num_labels)
 
     ours = predict(trainer, tokenizer)
 
@@ -258,7 +266,7 @@ class GivenOrder(Sampler):
         self.dataset = dataset
 
     def __iter__(self):
-        order = fine_tuning.epoch_order(len(self.dataset), seed=0, epoch=GivenOrder.epoch)
+        order = training_loop.epoch_order(len(self.dataset), seed=0, epoch=GivenOrder.epoch)
         GivenOrder.epoch += 1
         return iter(order.tolist())
 
@@ -271,10 +279,10 @@ class GivenOrder(Sampler):
 @pytest.mark.parametrize("strategy", ["mean", "max"])
 @pytest.mark.parametrize("num_labels", [1, 3])
 def test_fine_tuning_gives_the_same_losses_and_weights(
-    wide_encoder, monkeypatch, strategy, num_labels, accumulation_steps
+    wide_encoder, ranks, monkeypatch, strategy, num_labels, accumulation_steps
 ):
     theirs, trainer, _ = twins(
-        wide_encoder, strategy=strategy, num_labels=num_labels, epochs=2, accumulation_steps=accumulation_steps
+        wide_encoder, ranks, strategy=strategy, num_labels=num_labels, epochs=2, accumulation_steps=accumulation_steps
     )
     monkeypatch.setattr(belt_nlp.bert, "RandomSampler", GivenOrder)
     monkeypatch.setattr(belt_nlp.bert, "AdamW", partial(torch.optim.AdamW, weight_decay=0.0))
@@ -285,7 +293,9 @@ def test_fine_tuning_gives_the_same_losses_and_weights(
 
     target = trainer.training_set.target
     theirs.fit(TEXTS, target.tolist())
-    our_losses = [loss for losses in fine_tuning.train_epochs(trainer, np.arange(len(TEXTS))) for loss in losses]
+    our_losses = [
+        loss for losses in TrainingLoop(trainer=trainer, documents=np.arange(len(TEXTS))).epochs() for loss in losses
+    ]
 
     assert len(our_losses) == len(their_losses) == 6
     np.testing.assert_allclose(our_losses, their_losses, atol=1e-4)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import fine_tuning, metrics, progress
+from belt_tasks import data_parallel, fine_tuning, metrics, progress, trainer, training_loop
 from belt_tasks.errors import ConfigError
 from belt_tasks.scoring import score_texts
 from belt_tasks.specs import BatchSpec, ChunkSpec, Head, PoolingSpec, ScoreSpec, TrainSpec
 from belt_tasks.tokens import load_tokenizer
+from belt_tasks.training_loop import TrainingLoop
 from belt_tasks.training_set import TrainingSet
 from tests.conftest import labelled_rows
 
@@ -33,7 +34,8 @@ def make_set(encoder, *, head=None, target=None):
     return TrainingSet(
         doc_ids=ROWS["doc_id"].to_list(),
         input_ids_T=tokens.input_ids_T,
-        offsets=tokens.offsets,
+        first_token_D=tokens.offsets[:-1],
+        num_tokens_D=tokens.num_tokens_D,
         document_seed_D=np.arange(len(ROWS)),
         target=(ROWS["label"] == "window").cast(int).to_numpy() if target is None else target,
         head=head or Head(task="binary", labels=("fox", "window")),
@@ -42,9 +44,10 @@ def make_set(encoder, *, head=None, target=None):
 
 
 def run(encoder, folder, spec=SPEC, **fields):
-    return fine_tuning.fine_tune(
-        make_set(encoder, **fields), spec, encoder_source=str(encoder), checkpoint_uri=str(folder)
-    )
+    with data_parallel.alone("cpu", spec.precision) as ranks:
+        return fine_tuning.fine_tune(
+            make_set(encoder, **fields), spec, encoder_source=str(encoder), checkpoint_uri=str(folder), ranks=ranks
+        )
 
 
 @pytest.mark.parametrize("strategy", ["mean", "max", "attention"])
@@ -145,8 +148,8 @@ def test_the_best_epoch_is_kept(tiny_encoder, tmp_path, monkeypatch):
         states.append(trainer.model.head.linear.weight.detach().clone())
         return torch.full((len(documents), 1), float(len(states))), next(measured)
 
-    monkeypatch.setattr(fine_tuning.Trainer, "evaluate", evaluate)
-    monkeypatch.setattr(fine_tuning.Trainer, "measure", lambda _, logits_DL, *__: {"first": logits_DL[0].item()})
+    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(trainer.Trainer, "measure", lambda _, logits_DL, *__: {"first": logits_DL[0].item()})
     receipt = run(tiny_encoder, tmp_path / "made")
 
     assert receipt.best_epoch == 2
@@ -203,8 +206,8 @@ def test_nothing_left_to_train_on_is_refused(tiny_encoder, tmp_path, monkeypatch
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    linear = fine_tuning._schedule(TrainSpec(warmup_fraction=0.2), 10)
-    constant = fine_tuning._schedule(TrainSpec(warmup_fraction=0.2, schedule="constant"), 10)
+    linear = training_loop.schedule(TrainSpec(warmup_fraction=0.2), 10)
+    constant = training_loop.schedule(TrainSpec(warmup_fraction=0.2, schedule="constant"), 10)
 
     assert [round(linear(step), 3) for step in range(11)] == [
         0.333, 0.667, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0,
@@ -213,7 +216,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_every_epoch_has_its_own_order():
-    orders = [tuple(fine_tuning.epoch_order(50, seed=0, epoch=epoch)) for epoch in range(3)]
+    orders = [tuple(training_loop.epoch_order(50, seed=0, epoch=epoch)) for epoch in range(3)]
 
     assert len(set(orders)) == 3
     assert all(sorted(order) == list(range(50)) for order in orders)
@@ -223,9 +226,10 @@ def test_biases_and_normalisation_do_not_decay(tiny_encoder, monkeypatch):
     groups = []
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda given, **more: groups.extend(given) or adamw(given, **more))
-    trainer = fine_tuning.build_trainer(make_set(tiny_encoder), SPEC, encoder_source=str(tiny_encoder))
+    with data_parallel.alone("cpu", "fp32") as ranks:
+        built = trainer.build_trainer(make_set(tiny_encoder), SPEC, encoder_source=str(tiny_encoder), ranks=ranks)
 
-    next(fine_tuning.train_epochs(trainer, np.arange(4)))
+        TrainingLoop(trainer=built, documents=np.arange(4))
 
     decayed, others = groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (SPEC.weight_decay, 0.0)

@@ -19,7 +19,7 @@ def test_binary_scores_are_of_the_negative_and_the_positive_label():
     found = heads.scores(LOGITS[:, :1], head)
 
     np.testing.assert_allclose(found, np.stack([expit([-0.3, -5.0]), expit([0.3, 5.0])], axis=1))
-    loss = heads.loss(LOGITS[:, :1], torch.tensor([1, 0]), head).item()
+    loss = heads.losses(LOGITS[:, :1], torch.tensor([1, 0]), head).mean().item()
     assert loss == pytest.approx(log_loss([1, 0], found[:, 1]))
 
 
@@ -29,7 +29,7 @@ def test_multiclass_scores_sum_to_one():
     found = heads.scores(LOGITS, head)
 
     np.testing.assert_allclose(found, softmax(LOGITS.numpy(), axis=1))
-    loss = heads.loss(LOGITS, torch.tensor([2, 0]), head).item()
+    loss = heads.losses(LOGITS, torch.tensor([2, 0]), head).mean().item()
     assert loss == pytest.approx(log_loss([2, 0], found.numpy(), labels=[0, 1, 2]))
 
 
@@ -41,14 +41,14 @@ def test_multilabel_scores_are_independent():
 
     np.testing.assert_allclose(found, expit(LOGITS.numpy()))
     expected = np.mean([log_loss(target[:, i], found[:, i].numpy(), labels=[False, True]) for i in range(3)])
-    assert heads.loss(LOGITS, target, head).item() == pytest.approx(expected)
+    assert heads.losses(LOGITS, target, head).mean().item() == pytest.approx(expected)
 
 
 def test_regression_scores_are_the_values():
     head = Head(task="regression", labels=("stars",))
 
     assert torch.equal(heads.scores(LOGITS[:, :1], head), LOGITS[:, :1])
-    assert heads.loss(LOGITS[:, :1], torch.tensor([1.3, 3.0]), head).item() == pytest.approx((1.0 + 4.0) / 2)
+    assert heads.losses(LOGITS[:, :1], torch.tensor([1.3, 3.0]), head).mean().item() == pytest.approx((1.0 + 4.0) / 2)
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])

@@ -54,6 +54,7 @@ def _tokens(draw: random.Random, num_rows: int) -> dict[str, list[Any]]:
         "input_ids": [[draw.randrange(0, 2**31) for _ in range(length)] for length in lengths],
         "num_tokens": lengths,
         "target": [draw.choice([None, draw.gauss()]) for _ in range(num_rows)],
+        "weight": [draw.choice([None, draw.random()]) for _ in range(num_rows)],
     }
 
 
@@ -273,6 +274,7 @@ EXPECTED: dict[str, dict[str, pa.DataType]] = {
         "label?": pa.string(),
         "labels?": STRINGS,
         "target?": pa.float64(),
+        "weight?": pa.float64(),
     },
     "chunks": {
         "doc_id": pa.string(),
@@ -599,7 +601,7 @@ BROKEN_ROWS: list[tuple[str, dict[str, dict[int, Any]], str]] = [
         (
             "1 reason not one of doc_id_null, doc_id_invalid_utf8, doc_id_duplicate, text_null, "
             "text_invalid_utf8, label_null, label_invalid_utf8, label_unknown, target_not_finite, "
-            "output_not_finite (row 2: 'text_empty')"
+            "weight_null, weight_not_positive, output_not_finite (row 2: 'text_empty')"
         ),
     ),
     ("rejected", {"row_index": {2: -1}}, "1 row_index below 0 (row 2: -1)"),
@@ -639,7 +641,8 @@ def test_broken_rows(name: str, changes: dict[str, dict[int, Any]], expected: st
     for column, values in changes.items():
         table = put(table, column, values)
 
-    assert message(violations(table, name), name, "shard 00042") == f"{name} v1, shard 00042: {expected}"
+    version = 2 if name == "rejected" else 1
+    assert message(violations(table, name), name, "shard 00042") == f"{name} v{version}, shard 00042: {expected}"
 
 
 def _nth(index: int, values: pa.Array) -> Callable[[pa.Table], pa.Table]:

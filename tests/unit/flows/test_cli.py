@@ -108,18 +108,19 @@ def test_help_shows_defaults_and_whose_they_are():
 
 # of a promotion, whose scores nobody reads but the gate; a config file may set them
 OF_OUTPUTS = {"evidence", "num_evidence_chunks", "evidence_text", "export", "full", "removed", "publish_every"}
+OF_LABELS = {"label_column", "weight_column"}
 CHUNKS, POOLING, BATCHES = specs.ChunkSpec, specs.PoolingSpec, specs.BatchSpec
 
 
 @pytest.mark.parametrize(
     ("command", "specifications", "left_out"),
     [
-        ("score", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES, specs.RaySpec], {"label_column"}),
-        ("evaluate", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES], set()),
+        ("score", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES, specs.RaySpec], OF_LABELS),
+        ("evaluate", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES], {"weight_column"}),
         ("fine-tune", [specs.CorpusSpec, specs.TrainSpec, CHUNKS, POOLING, BATCHES], set()),
-        ("chunk", [specs.CorpusSpec, CHUNKS], {"label_column"}),
+        ("chunk", [specs.CorpusSpec, CHUNKS], OF_LABELS),
         ("windows", [CHUNKS], set()),
-        ("promote", [specs.CorpusSpec, specs.ScoreSpec, specs.GateSpec, BATCHES], OF_OUTPUTS),
+        ("promote", [specs.CorpusSpec, specs.ScoreSpec, specs.GateSpec, BATCHES], {*OF_OUTPUTS, "weight_column"}),
     ],
 )
 def test_every_field_has_an_option_and_every_option_a_field(command, specifications, left_out):
