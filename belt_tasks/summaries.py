@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-from belt_tasks import pages, storage
+from belt_tasks import metrics, pages, storage
 from belt_tasks.clean import Cleaned
 from belt_tasks.demo import ReadBack
 from belt_tasks.errors import RejectedError
@@ -29,20 +29,6 @@ from belt_tasks.specs import ChunkSpec
 
 MOST_CHARACTERS = 80  # of a label
 MEASURED_BY = {"ece": "expected calibration error", "log_loss": "log loss"}
-SHOWN_METRICS = {
-    "accuracy": "accuracy",
-    "majority_baseline_accuracy": "accuracy of always guessing the commonest label",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "subset_accuracy": "subset accuracy",
-    "auc": "AUC",
-    "log_loss": "log loss",
-    "ece": "expected calibration error",
-    "mse": "mean squared error",
-    "mae": "mean absolute error",
-    "r2": "R2",
-    "spearman": "Spearman's correlation",
-}
 
 
 def run_summary(
@@ -215,7 +201,7 @@ def _calibration(receipt: FineTuningReceipt) -> list[str]:
 def evaluation_summary(receipt: EvaluationReceipt) -> str:
     """The main metrics, and where all of them and the plots are."""
     measured = receipt.metrics
-    rows = [[words, _number(measured[name])] for name, words in SHOWN_METRICS.items() if name in measured]
+    rows = [[words, _number(measured[name])] for name, words in metrics.IN_WORDS.items() if name in measured]
     lines = [
         f"## evaluation: {measured['num_documents']:,} documents",
         "",
@@ -280,7 +266,7 @@ def decision_summary(record: DecisionRecord) -> str:
     """What was decided on a challenger, and on what it rests."""
     numbers = [
         [words, _number(record.champion_metrics.get(name)), _number(record.challenger_metrics[name])]
-        for name, words in SHOWN_METRICS.items()
+        for name, words in metrics.IN_WORDS.items()
         if name in record.challenger_metrics
     ]
     marks = {True: "passed", False: "**not passed**", None: "could not be measured"}
