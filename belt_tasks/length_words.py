@@ -133,7 +133,7 @@ def _cost(report: LengthReport, other: Selection) -> str:
     times = ratio(report, other)
     one, two = report.reading("all"), report.reading(other)
     told = "what cannot be told, for no token was encoded" if times is None else f"{times:.1f} times as much"
-    seconds = f"{one.encode_s:,.1f} s of the encoder against {two.encode_s:,.1f} s"
+    seconds = f"{_seconds(one.encode_s)} of the encoder against {_seconds(two.encode_s)}"
     return f"{told} ({one.num_tokens_encoded:,} tokens encoded against {two.num_tokens_encoded:,}, {seconds})"
 
 
@@ -151,11 +151,15 @@ def _of_longer(report: LengthReport, longer: LengthGroup) -> str:
 
 def _limit(report: LengthReport) -> str:
     most = report.reading("all").chunks.maximal_text_length
-    return "" if most is None else f", up to {most:,}"
+    return "" if most is None else f", up to {most:,},"
 
 
 def _share(report: LengthReport, group: LengthGroup) -> str:
     return f"{group.num_documents / report.num_documents:.1%}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds:.2f} s"  # noqa: PLR2004 - three digits are enough
 
 
 def _documents(count: int) -> str:
