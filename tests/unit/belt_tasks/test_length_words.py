@@ -82,8 +82,8 @@ def test_the_answer():
     )
     assert both == (
         "Reading all instead of the first and the last 510 tokens changes accuracy by +0.0 points (95 % CI -1.1 to "
-        "+1.0) and costs 1.5 times as much (520,000 tokens encoded against 340,000, 12.3 s of the encoder against 8.10 s). "
-        "That is no difference beyond chance."
+        "+1.0) and costs 1.5 times as much (520,000 tokens encoded against 340,000, 12.3 s of the encoder against 8.10 "
+        "s). That is no difference beyond chance."
     )
 
 
