@@ -204,27 +204,29 @@ def length_rows(
     for group in groups:
         chosen_D = _is_within(num_tokens_D, group.min_tokens, group.max_tokens)
         metrics = [name for name in resampling.METRICS[head.task] if name not in COSTLY]
-        for metric in metrics if group.kind == "all" else metrics[:1]:
-            statistics = _statistics(ways, chosen_D, head, metric, target, threshold)
-            values_K3 = _measured(group, statistics, spec, num_statistics=2 * len(ways) - 1)
-            others = [None] * len(ways) + [way.selection for way in ways[:-1]]
-            for way, other, numbers in zip([*ways, *[ways[-1]] * (len(ways) - 1)], others, values_K3, strict=True):
-                value, lower, upper = numbers
-                rows.append(
-                    LengthRow(
-                        kind=group.kind,
-                        min_tokens=group.min_tokens,
-                        max_tokens=group.max_tokens,
-                        num_documents=group.num_documents,
-                        metric=metric,
-                        selection=way.selection,
-                        compared_with=other,
-                        value=value,
-                        lower=lower,
-                        upper=upper,
-                        num_tokens_encoded=int(way.num_tokens_encoded_D[chosen_D].sum()),
-                    )
+        metrics = metrics if group.kind == "all" else metrics[:1]
+        told: list[tuple[Metric, Scores, Selection | None]] = []
+        for metric in metrics:
+            told += [(metric, way, None) for way in ways]
+            told += [(metric, ways[-1], way.selection) for way in ways[:-1]]
+        statistics = _statistics(ways, chosen_D, head, metrics, target, threshold)
+        numbers_K = _measured(group, statistics, spec, num_statistics=len(told))
+        for (metric, way, other), (value, lower, upper) in zip(told, numbers_K, strict=True):
+            rows.append(
+                LengthRow(
+                    kind=group.kind,
+                    min_tokens=group.min_tokens,
+                    max_tokens=group.max_tokens,
+                    num_documents=group.num_documents,
+                    metric=metric,
+                    selection=way.selection,
+                    compared_with=other,
+                    value=value,
+                    lower=lower,
+                    upper=upper,
+                    num_tokens_encoded=int(way.num_tokens_encoded_D[chosen_D].sum()),
                 )
+            )
     return rows
 
 
@@ -236,19 +238,25 @@ def _statistics(
     ways: Sequence[Scores],
     chosen_D: npt.NDArray[np.bool_],
     head: Head,
-    metric: Metric,
+    metrics: Sequence[Metric],
     target: npt.NDArray[Any],
     threshold: float,
 ) -> resampling.WeightedMetrics:
-    """The metric of each way, and the last way's less that of each other one: K of them on a draw."""
-    of_ways = [
-        resampling.weighted_metric(head.task, metric, target[chosen_D], way.scores_DL[chosen_D], threshold)
-        for way in ways
+    """Of each metric, that of each way, and the last way's less that of each other one: K of them on a draw."""
+    of_metrics = [
+        [
+            resampling.weighted_metric(head.task, metric, target[chosen_D], way.scores_DL[chosen_D], threshold)
+            for way in ways
+        ]
+        for metric in metrics
     ]
 
     def measure(weights_BD: Floats) -> Floats:
-        values_BK = np.stack([of_way(weights_BD) for of_way in of_ways], axis=1)
-        return np.concatenate([values_BK, values_BK[:, -1:] - values_BK[:, :-1]], axis=1)
+        found = []
+        for of_ways in of_metrics:
+            values_BW = np.stack([of_way(weights_BD) for of_way in of_ways], axis=1)
+            found += [values_BW, values_BW[:, -1:] - values_BW[:, :-1]]
+        return np.concatenate(found, axis=1)
 
     return measure
 
