@@ -11,12 +11,14 @@ import polars as pl
 from belt_tasks import corpus as corpora
 from belt_tasks import metrics, plots, prepare, score_tables, storage
 from belt_tasks.errors import ConfigError
+from belt_tasks.length_comparison import LengthReport
 from belt_tasks.planning import EvaluationPlan
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import CorpusSpec, Head, ScoreSpec, Spec
 from belt_tasks.training_set import LABEL_ROLES
 
 MOST_LABELS = 10  # shown in a message
+PREDICTED = ["doc_id", "content_fingerprint", "num_tokens", "scores"]
 
 
 class EvaluationReceipt(Spec):
@@ -28,6 +30,8 @@ class EvaluationReceipt(Spec):
     """Rows whose label could not be used, besides those that scoring put aside."""
     metrics_uri: str
     plot_uris: tuple[str, ...]
+    length: LengthReport | None = None
+    """Of an evaluation that was asked whether reading further pays."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +42,8 @@ class LabelledScores:
     """Ascending."""
     fingerprints: tuple[str, ...]
     """Of each document's text."""
+    num_tokens_D: npt.NDArray[np.int64]
+    """Content tokens of each document."""
     target: npt.NDArray[Any]
     """Class positions [D], bools [D, L] or numbers [D]."""
     scores_DL: npt.NDArray[np.float64]
@@ -77,8 +83,17 @@ def evaluate_run(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -
     )
 
 
-def labelled_scores(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest) -> LabelledScores:
-    """Join a run's predictions with the labels of the corpus that it scored; parameters are those of `evaluate_run`.
+def labelled_scores(
+    plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest, *, is_published: bool = True
+) -> LabelledScores:
+    """Join a run's predictions with the labels of the corpus that it scored.
+
+    Args:
+        plan: as of `evaluate_run`.
+        corpus: as of `evaluate_run`.
+        manifest: as of `evaluate_run`.
+        is_published: read the table that shows the run; otherwise the files that it wrote, which are all of a run that
+            scored every document.
 
     Raises:
         ConfigError: no document has both a prediction and a usable label.
@@ -86,7 +101,7 @@ def labelled_scores(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest
     run = RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"])
     head = plan.head
     labelled, rejected_by_reason = _read_labels(plan, corpus, run.existing_duplicates_uri())
-    predicted = _read_scores(run.output_uri)
+    predicted = _scores(_read_published(run.output_uri) if is_published else _read_written(run.output_uri, manifest))
     joined = labelled.join(predicted, on="doc_id", how="inner").sort("doc_id")
     if len(joined) == 0:
         labels = ", ".join([*head.labels[:MOST_LABELS], *(["..."] if len(head.labels) > MOST_LABELS else [])])
@@ -98,6 +113,7 @@ def labelled_scores(plan: EvaluationPlan, corpus: CorpusSpec, manifest: Manifest
     return LabelledScores(
         doc_ids=tuple(joined["doc_id"]),
         fingerprints=tuple(joined["content_fingerprint"]),
+        num_tokens_D=joined["num_tokens"].to_numpy().astype(np.int64),
         target=_target(joined, head),
         scores_DL=np.array(joined["scores"].to_list(), dtype=np.float64),
         threshold=ScoreSpec.model_validate_json(manifest.run["spec"]).threshold,
@@ -126,12 +142,21 @@ def _read_labels(
     return pl.concat(good), dict(counts.iter_rows())
 
 
-def _read_scores(output_uri: str) -> pl.DataFrame:
-    """doc_id, fingerprint of the text, and the list of scores in label order."""
-    columns = ["doc_id", "content_fingerprint", "scores", "removed_at"]
-    frame = score_tables.read_table(output_uri, "predictions", columns=columns)
-    frame = frame.filter(pl.col("removed_at").is_null()).drop("removed_at")
-    return frame.with_columns(pl.col("scores").list.eval(pl.element().struct.field("score")))
+def _read_published(output_uri: str) -> pl.DataFrame:
+    frame = score_tables.read_table(output_uri, "predictions", columns=[*PREDICTED, "removed_at"])
+    return frame.filter(pl.col("removed_at").is_null())
+
+
+def _read_written(output_uri: str, manifest: Manifest) -> pl.DataFrame:
+    uris = manifest.uris(output_uri, "predictions")
+    if not uris:
+        raise ConfigError(f"run {manifest.run['run_id']} of {output_uri}: wrote no predictions")
+    return pl.concat([pl.DataFrame(storage.read_parquet(uri, columns=PREDICTED)) for uri in uris])
+
+
+def _scores(predictions: pl.DataFrame) -> pl.DataFrame:
+    """With the list of scores in label order."""
+    return predictions.select(*PREDICTED[:-1], pl.col("scores").list.eval(pl.element().struct.field("score")))
 
 
 def _target(joined: pl.DataFrame, head: Head) -> npt.NDArray[Any]:

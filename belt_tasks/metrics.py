@@ -27,6 +27,21 @@ Decisions = tuple[Floats, Bools]  # how sure of each, and whether it is correct
 Metrics = dict[str, Any]
 
 ROUNDING = 1e-3  # how far outside [0, 1] half precision may push a probability; logits lie further off
+IN_WORDS = {
+    "accuracy": "accuracy",
+    "majority_baseline_accuracy": "accuracy of always guessing the commonest label",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "subset_accuracy": "subset accuracy",
+    "auc": "AUC",
+    "log_loss": "log loss",
+    "ece": "expected calibration error",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "r2": "R2",
+    "spearman": "Spearman's correlation",
+}
+"""What people read of a task's metrics, in the order in which it is shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -43,7 +43,7 @@ def of_predictions(counted: RunStatistics, other: RunStatistics | None) -> list[
     other_lengths = None if other is None else other.lengths
     scores, other_scores = _shown_scores(counted, other)
     found = [
-        _picture(
+        picture(
             lambda theme: report_plots.distribution_png(scores, other_scores, theme, label=score),
             caption="Distribution of values, the middle 99 % of a sample"
             if counted.is_regression
@@ -55,7 +55,7 @@ def of_predictions(counted: RunStatistics, other: RunStatistics | None) -> list[
     if not counted.is_regression:
         found.append(_of_labels(label_shares(counted, other)))
     found.append(
-        _picture(
+        picture(
             lambda theme: report_plots.lengths_png(counted.lengths, other_lengths, theme),
             caption="Lengths of documents, on an axis of logarithms",
             alt=f"Histogram of the lengths of {counted.num_documents:,} documents{than}; "
@@ -65,7 +65,7 @@ def of_predictions(counted: RunStatistics, other: RunStatistics | None) -> list[
     )
     num_drawn = len(counted.sample.keys)
     found.append(
-        _picture(
+        picture(
             lambda theme: report_plots.length_against_score_png(counted.sample, theme, label=score),
             caption=f"Length against score; {num_drawn:,} documents, and the median of those of like length",
             alt=f"Scatter plot of {num_drawn:,} documents by length and score, with the median score by length",
@@ -80,7 +80,7 @@ def of_rejected(by_reason: dict[str, int]) -> Picture | None:
         return None
     names, shares = list(by_reason), [count / sum(by_reason.values()) for count in by_reason.values()]
     words = ", ".join(f"{name} {count:,}" for name, count in sorted(by_reason.items(), key=lambda part: -part[1]))
-    return _picture(
+    return picture(
         lambda theme: report_plots.shares_png(names, shares, None, theme, counted="rejected rows"),
         caption="Reasons",
         alt=f"Bars of rejected rows by reason: {words}",
@@ -104,7 +104,7 @@ def of_runs(history: pl.DataFrame) -> list[Picture]:
     found = []
     if known:
         found.append(
-            _picture(
+            picture(
                 lambda theme: report_plots.throughput_png(speeds, started_at, like, theme),
                 caption="Throughput, run by run at this output",
                 alt=f"Line of tokens per second over {len(history):,} runs, between {min(known):,.0f} and "
@@ -112,7 +112,7 @@ def of_runs(history: pl.DataFrame) -> list[Picture]:
             )
         )
     found.append(
-        _picture(
+        picture(
             lambda theme: report_plots.cost_png(seconds, started_at, theme),
             caption="Seconds of work by stage, run by run",
             alt=f"Stacked bars of seconds by stage over {len(history):,} runs; the last took "
@@ -153,7 +153,7 @@ def _shown_scores(counted: RunStatistics, other: RunStatistics | None) -> tuple[
 def _of_labels(rows: list[dict[str, Any]]) -> Picture:
     reference = None if rows[0]["reference"] is None else [row["reference"] for row in rows]
     shares = [f"{pages.short(row['name'], 40)} {row['share']:.1%}" for row in rows[: report_plots.MOST_NAMES]]
-    return _picture(
+    return picture(
         lambda theme: report_plots.shares_png(
             [row["name"] for row in rows], [row["share"] for row in rows], reference, theme, counted="documents"
         ),
@@ -167,7 +167,8 @@ def _middle(name: str, counted: RunStatistics) -> str:
     return f"the median is {np.median(values):,.3g}" if values else "there is none"
 
 
-def _picture(draw: Drawing, *, caption: str, alt: str) -> Picture:
+def picture(draw: Drawing, *, caption: str, alt: str) -> Picture:
+    """A plot on light and on dark paper."""
     light, dark = draw(report_plots.LIGHT), draw(report_plots.DARK)
     width, height = plots.size_of(light)
     return Picture(

@@ -71,20 +71,20 @@ def distribution_png(now: Histogram, reference: Histogram | None, theme: Theme, 
         theme: colours.
         label: of the numbers.
     """
-    figure, axes = _figure(theme, WIDTH, HEIGHT)
+    figure, axes = new_axes(theme, WIDTH, HEIGHT)
     _draw_distribution(axes, now, reference, theme)
     axes.set(xlabel=label)
-    _finish(axes, theme)
+    finish(axes, theme)
     return plots.png_of(figure)
 
 
 def lengths_png(now: Histogram, reference: Histogram | None, theme: Theme) -> bytes:
     """Draw the distribution of lengths on an axis of logarithms; the histograms are of log2(1 + num_tokens)."""
-    figure, axes = _figure(theme, WIDTH, HEIGHT)
+    figure, axes = new_axes(theme, WIDTH, HEIGHT)
     _draw_distribution(axes, now, reference, theme)
     axes.set(xlabel="content tokens of a document")
     _tick_lengths(axes)
-    _finish(axes, theme)
+    finish(axes, theme)
     return plots.png_of(figure)
 
 
@@ -107,7 +107,7 @@ def shares_png(
     if len(order) > MOST_NAMES:
         shown.append(f"{len(order) - MOST_NAMES:,} others")
         shares = [np.append(share[:MOST_NAMES], share[MOST_NAMES:].sum()) for share in shares]
-    figure, axes = _figure(theme, WIDTH, max(1.7, 0.85 + len(shown) * (0.42 if len(shares) > 1 else 0.32)))
+    figure, axes = new_axes(theme, WIDTH, max(1.7, 0.85 + len(shown) * (0.42 if len(shares) > 1 else 0.32)))
     rows = np.arange(len(shown))
     height = 0.8 / len(shares)
     styles = [(NOW, theme.now), ("reference", theme.reference)]
@@ -121,14 +121,14 @@ def shares_png(
     axes.set_xlabel(f"share of {counted}")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    _finish(axes, theme, legend=len(shares) > 1)
+    finish(axes, theme, legend=len(shares) > 1)
     axes.grid(visible=False, axis="y")
     return plots.png_of(figure)
 
 
 def length_against_score_png(sample: Sample, theme: Theme, *, label: str) -> bytes:
     """Draw the sampled documents by length and score, and the middle score of documents of like length."""
-    figure, axes = _figure(theme, WIDTH, HEIGHT)
+    figure, axes = new_axes(theme, WIDTH, HEIGHT)
     length_D, score_D = np.log2(1.0 + np.array(sample.num_tokens)), np.array(sample.scores)
     size = 3 + 9 * (len(score_D) < plots.MAX_DOTS // 5)
     axes.scatter(length_D, score_D, s=size, color=theme.now, alpha=0.45, linewidths=0, zorder=2)
@@ -137,7 +137,7 @@ def length_against_score_png(sample: Sample, theme: Theme, *, label: str) -> byt
     axes.plot(*zip(*middle, strict=True), color=theme.reference, marker="o", markersize=4, zorder=3, label="median")
     axes.set(xlabel="content tokens of a document", ylabel=label)
     _tick_lengths(axes)
-    _finish(axes, theme)
+    finish(axes, theme)
     return plots.png_of(figure)
 
 
@@ -152,7 +152,7 @@ def throughput_png(
         like_R: whether the run compares with the last.
         theme: colours.
     """
-    figure, axes = _figure(theme, WIDTH, HEIGHT)
+    figure, axes = new_axes(theme, WIDTH, HEIGHT)
     speed_R = np.array([np.nan if speed is None else speed for speed in tokens_per_s_R], dtype=np.float64)
     place_R = np.arange(len(speed_R))
     axes.plot(place_R, speed_R, color=theme.soft, linewidth=1, zorder=2)
@@ -165,7 +165,7 @@ def throughput_png(
     axes.set(xlabel="run, by its start (UTC)", ylabel="tokens per second", ylim=(0, 1.08 * max(np.nanmax(speed_R), 1)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _tick_dates(axes, started_at_R)
-    _finish(axes, theme)
+    finish(axes, theme)
     return plots.png_of(figure)
 
 
@@ -177,7 +177,7 @@ def cost_png(seconds: Mapping[str, Sequence[float]], started_at_R: Sequence[date
         started_at_R: in order.
         theme: colours.
     """
-    figure, axes = _figure(theme, WIDTH, HEIGHT)
+    figure, axes = new_axes(theme, WIDTH, HEIGHT)
     below_R = np.zeros(len(started_at_R))
     for stage, color in zip(STAGES, theme.stages, strict=True):
         axes.bar(np.arange(len(below_R)), seconds[stage], bottom=below_R, width=0.7, color=color, label=stage)
@@ -188,7 +188,7 @@ def cost_png(seconds: Mapping[str, Sequence[float]], started_at_R: Sequence[date
     axes.set_ylim(0, 1.08 * max(below_R.max(), 1e-3))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     _tick_dates(axes, started_at_R)
-    _finish(axes, theme, columns=4)
+    finish(axes, theme, columns=4)
     axes.grid(visible=False, axis="x")
     return plots.png_of(figure)
 
@@ -220,12 +220,14 @@ def _thousands(number: float) -> str:
     return f"{number / 1000:,.0f}k" if number >= 999.5 else f"{number:.0f}"  # noqa: PLR2004 - what rounds to 1,000
 
 
-def _figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
+def new_axes(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty plot on its paper, in inches."""
     figure = plots.new_figure(width, height, facecolor=theme.paper)
     return figure, figure.add_subplot(facecolor=theme.paper)
 
 
-def _finish(axes: Axes, theme: Theme, *, legend: bool = True, columns: int = 2) -> None:
+def finish(axes: Axes, theme: Theme, *, legend: bool = True, columns: int = 2) -> None:
+    """Colour what is around the data, and put the legend above it."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.soft)
     axes.tick_params(colors=theme.ink, which="both", labelsize=9)

@@ -344,6 +344,22 @@ class GateSpec(Spec):
     """Share by which the challenger's encoder may take longer for a document; both on the same device."""
 
 
+class LengthSpec(Spec):
+    """How the ways of reading long documents are compared: the head alone, head and tail, all of it."""
+
+    confidence: float = Field(default=0.95, ge=0.5, lt=1.0)
+    """Share of the resamples that lie in the intervals of the length report."""
+
+    num_resamples: int = Field(default=2000, ge=100)
+    """How often the length report draws the documents anew, with replacement."""
+
+    resampling_seed: int = Field(default=0, ge=0)
+    """Seed of these draws."""
+
+    min_bucket_documents: int = Field(default=30, ge=1)
+    """Documents of like length below which the length report says that they are too few, rather than what they show."""
+
+
 class RaySpec(Spec):
     """Where shards are scored under `runner: ray`. It decides how long a run takes, never its result."""
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-from belt_tasks import pages, storage
+from belt_tasks import length_words, metrics, pages, storage
 from belt_tasks.clean import Cleaned
 from belt_tasks.demo import ReadBack
 from belt_tasks.errors import RejectedError
@@ -15,6 +15,7 @@ from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.gate import DecisionRecord
 from belt_tasks.import_belt_nlp import Imported
+from belt_tasks.length_comparison import LengthGroup, LengthReport
 from belt_tasks.maintenance import TableCheck
 from belt_tasks.model_store import ModelList
 from belt_tasks.preview import ScorePreview
@@ -29,20 +30,6 @@ from belt_tasks.specs import ChunkSpec
 
 MOST_CHARACTERS = 80  # of a label
 MEASURED_BY = {"ece": "expected calibration error", "log_loss": "log loss"}
-SHOWN_METRICS = {
-    "accuracy": "accuracy",
-    "majority_baseline_accuracy": "accuracy of always guessing the commonest label",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "subset_accuracy": "subset accuracy",
-    "auc": "AUC",
-    "log_loss": "log loss",
-    "ece": "expected calibration error",
-    "mse": "mean squared error",
-    "mae": "mean absolute error",
-    "r2": "R2",
-    "spearman": "Spearman's correlation",
-}
 
 
 def run_summary(
@@ -215,7 +202,7 @@ def _calibration(receipt: FineTuningReceipt) -> list[str]:
 def evaluation_summary(receipt: EvaluationReceipt) -> str:
     """The main metrics, and where all of them and the plots are."""
     measured = receipt.metrics
-    rows = [[words, _number(measured[name])] for name, words in SHOWN_METRICS.items() if name in measured]
+    rows = [[words, _number(measured[name])] for name, words in metrics.IN_WORDS.items() if name in measured]
     lines = [
         f"## evaluation: {measured['num_documents']:,} documents",
         "",
@@ -226,7 +213,49 @@ def evaluation_summary(receipt: EvaluationReceipt) -> str:
         count = sum(receipt.rejected_by_reason.values())
         lines.append(f"- labels put aside: {_rejected(count, receipt.rejected_by_reason)}")
     lines += [f"- all metrics: `{receipt.metrics_uri}`", *[f"- plot: `{uri}`" for uri in receipt.plot_uris]]
+    if receipt.length is not None:
+        lines += ["", *_length(receipt.length)]
     return "\n".join(lines) + "\n"
+
+
+def _length(report: LengthReport) -> list[str]:
+    """Whether reading further pays: the answer, the main metric by length, and where all of it is."""
+    confidence = f"{100 * report.spec.confidence:g} % CI"
+    names = [length_words.SELECTIONS[reading.selection] for reading in report.readings]
+    rows = []
+    for group in (report.group("all"), *report.buckets):
+        cells = ["too few"] * len(names) if group.is_too_small else _length_values(report, group)
+        rows.append([length_words.group_name(group), _count(group.num_documents), *cells])
+    costs = [
+        [
+            name,
+            _count(each.num_tokens_encoded),
+            _seconds(each.encode_s),
+            length_words.trained_with(each),
+            _said(each.checkpoint_uri),
+        ]
+        for name, each in zip(names, report.readings, strict=True)
+    ]
+    return [
+        "## does reading further pay?",
+        "",
+        *(line for sentence in length_words.answer(report) for line in (_said(sentence), "")),
+        *(line for sentence in length_words.caveats(report) for line in (f"**{_said(sentence)}**", "")),
+        *_table(
+            ["tokens", "documents", *(f"{name}: {metrics.IN_WORDS[report.metric]} ({confidence})" for name in names)],
+            rows,
+        ),
+        "",
+        *_table(["read", "tokens encoded", "encoder", "checkpoint fine-tuned with", "checkpoint"], costs),
+        "",
+        f"- length report: {_link(report.report_uri)}",
+        f"- its numbers: `{report.table_uri}`",
+    ]
+
+
+def _length_values(report: LengthReport, group: LengthGroup) -> list[str]:
+    found = [report.row(group, reading.selection) for reading in report.readings]
+    return [f"{length_words.number(row.metric, row.value)} ({length_words.interval(row)})" for row in found]
 
 
 def runs_summary(runs: Sequence[RunSummary]) -> str:
@@ -280,7 +309,7 @@ def decision_summary(record: DecisionRecord) -> str:
     """What was decided on a challenger, and on what it rests."""
     numbers = [
         [words, _number(record.champion_metrics.get(name)), _number(record.challenger_metrics[name])]
-        for name, words in SHOWN_METRICS.items()
+        for name, words in metrics.IN_WORDS.items()
         if name in record.challenger_metrics
     ]
     marks = {True: "passed", False: "**not passed**", None: "could not be measured"}

@@ -31,14 +31,20 @@ from flows.options import (
     Device,
     DropContainedTail,
     Encoder,
+    EvaluateConfig,
     Evidence,
     EvidenceText,
     Export,
     Full,
     GateConfig,
     GateMetric,
+    HeadCheckpoint,
+    HeadTailCheckpoint,
     IdColumn,
     LabelColumn,
+    LengthConfidence,
+    LengthNumResamples,
+    LengthResamplingSeed,
     MaxBatchTokens,
     MaxEce,
     MaxEceIncrease,
@@ -46,6 +52,7 @@ from flows.options import (
     MaxRecallDrop,
     MaxRejectedShare,
     MaxSlowdown,
+    MinBucketDocuments,
     MinDocuments,
     MinGain,
     MinimalChunkLength,
@@ -84,6 +91,7 @@ from flows.options import (
     Stride,
     TextColumn,
     Threshold,
+    WantsLengthReport,
     WeightColumn,
     Who,
     WrongUsageError,
@@ -100,8 +108,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-EVALUATE_SECTIONS = ("corpus", "spec", "drift")
-SCORE_SECTIONS = (*EVALUATE_SECTIONS, "ray")
+SCORE_SECTIONS = ("corpus", "spec", "drift", "ray")
+EVALUATE_SECTIONS = ("corpus", "spec", "drift", "length")
 app.add_typer(
     cli_runs.app, name="runs", help="List the runs of an output (`belt runs OUTPUT`), or clean up after them."
 )
@@ -211,7 +219,7 @@ def evaluate(
     corpus: Corpus,
     checkpoint: Checkpoint,
     output: Output,
-    config: ScoreConfig = None,
+    config: EvaluateConfig = None,
     id_column: IdColumn = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = None,
@@ -239,16 +247,36 @@ def evaluate(
     full: Full = None,
     removed: Removed = None,
     publish_every: PublishEvery = None,
+    head_checkpoint: HeadCheckpoint = None,
+    head_tail_checkpoint: HeadTailCheckpoint = None,
+    confidence: LengthConfidence = None,
+    num_resamples: LengthNumResamples = None,
+    resampling_seed: LengthResamplingSeed = None,
+    min_bucket_documents: MinBucketDocuments = None,
     storage_block: StorageBlock = None,
+    *,
+    length_report: WantsLengthReport = False,
 ) -> None:
     """Score a labelled CORPUS and measure how good the predictions are, with plots."""
     options, asked_at = dict(locals()), datetime.now(UTC)
     with user_errors():
-        columns, spec, drift, checkpoint = _score_specs(options)
+        length = _length_spec(options)
+        columns, spec, drift, checkpoint = _score_specs(options, sections=EVALUATE_SECTIONS)
         with running():
             from flows.evaluate import evaluate as flow  # noqa: PLC0415 - after the environment is set
 
-            manifest, receipt = flow(corpus, checkpoint, output, columns, spec, storage_block, drift=drift)
+            manifest, receipt = flow(
+                corpus,
+                checkpoint,
+                output,
+                columns,
+                spec,
+                storage_block,
+                drift=drift,
+                length=length,
+                head_checkpoint_uri=head_checkpoint,
+                head_tail_checkpoint_uri=head_tail_checkpoint,
+            )
             from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
     show(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
@@ -563,7 +591,7 @@ def main() -> None:
 
 
 def _score_specs(
-    options: dict[str, Any], sections: tuple[str, ...] = EVALUATE_SECTIONS
+    options: dict[str, Any], *, sections: tuple[str, ...]
 ) -> tuple[specs.CorpusSpec, specs.ScoreSpec, specs.DriftSpec, str]:
     """Specs for scoring, and the checkpoint; window or pooling options change its own, not the built-in defaults."""
     config = read_config(options["config"], sections=sections)
@@ -592,6 +620,18 @@ def _ray_spec(options: dict[str, Any]) -> specs.RaySpec:
             f"--{given[0].replace('_', '-')} goes with --runner ray, got --runner {options['runner']}"
         )
     return build(specs.RaySpec, options, config, section="ray")
+
+
+def _length_spec(options: dict[str, Any]) -> specs.LengthSpec | None:
+    """How ways of reading are compared, None if not at all; what says something of it goes with the wish for it."""
+    config = read_config(options["config"], sections=EVALUATE_SECTIONS)
+    names = ("head_checkpoint", "head_tail_checkpoint", *specs.LengthSpec.model_fields)
+    given = [name for name in names if options[name] is not None]
+    if not options["length_report"]:
+        if given:
+            raise WrongUsageError(f"--{given[0].replace('_', '-')} goes with --length-report, which was not given")
+        return None
+    return build(specs.LengthSpec, options, config, section="length")
 
 
 if __name__ == "__main__":

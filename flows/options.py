@@ -131,6 +131,37 @@ MaxRecallDrop = Annotated[str | None, option(specs.GateSpec, "max_recall_drop")]
 MaxEce = Annotated[str | None, option(specs.GateSpec, "max_ece")]
 MaxEceIncrease = Annotated[str | None, option(specs.GateSpec, "max_ece_increase")]
 MaxSlowdown = Annotated[str | None, option(specs.GateSpec, "max_slowdown")]
+LengthConfidence = Annotated[str | None, option(specs.LengthSpec, "confidence")]
+LengthNumResamples = Annotated[str | None, option(specs.LengthSpec, "num_resamples")]
+LengthResamplingSeed = Annotated[str | None, option(specs.LengthSpec, "resampling_seed")]
+MinBucketDocuments = Annotated[str | None, option(specs.LengthSpec, "min_bucket_documents")]
+WantsLengthReport = Annotated[
+    bool,
+    typer.Option(
+        "--length-report",
+        help="Also compare the head alone, head and tail, and all of the documents: does reading further pay?",
+    ),
+]
+HeadCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Checkpoint that was fine-tuned to read the head alone, for the length report; else the same.",
+        metavar="<str>",
+    ),
+]
+HeadTailCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Checkpoint that was fine-tuned to read head and tail, for the length report; else the same.",
+        metavar="<str>",
+    ),
+]
+EvaluateConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="YAML file with the flow's specs, in sections corpus, spec, drift and length; options override it."
+    ),
+]
 Runner = Annotated[
     specs.Runner,
     typer.Option(help="Score one shard after the other in this process, or many at once on a Ray cluster."),

@@ -6,9 +6,11 @@ from prefect import flow, unmapped
 
 from belt_tasks import run_list, summaries
 from belt_tasks.publishing import Manifest
+from belt_tasks.score_planning import ScorePlan
 from belt_tasks.specs import CorpusSpec, DriftSpec, RaySpec, Runner, ScoreSpec
 from flows import artifacts, events, run_names, runners, tasks
 from flows.attempt import Seconds, attempt
+from flows.runners import ScoringStages
 
 
 @flow(name="score", flow_run_name=run_names.of("corpus_uri"), task_runner=tasks.one_worker)
@@ -49,21 +51,7 @@ def score(
             started_at = datetime.now(UTC)
             plan = stages.plan_scoring(corpus_uri, checkpoint_uri, output_uri, corpus, spec)
             checkpoint_uri = plan.checkpoint_uri  # an alias that moves meanwhile changes nothing
-            manifest = plan.manifest
-            if manifest is None:
-                receipts = tasks.gather(
-                    stages.score_shards(
-                        list(plan.shards),
-                        unmapped(corpus),
-                        unmapped(plan.spec),
-                        run=unmapped(plan.run),
-                        checkpoint_uri=unmapped(checkpoint_uri),
-                        checkpoint_digest=unmapped(plan.checkpoint_digest),
-                        scoring_fingerprint=unmapped(plan.scoring_fingerprint),
-                        rows_uri=[plan.run.rows_uri(shard.key) for shard in plan.shards],
-                    )
-                )
-                manifest = tasks.complete_scoring(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)
+            manifest = finish_run(stages, plan, corpus_uri, corpus, started_at=started_at)
             tasks.publish_tables(plan.run, manifest, base_version=plan.base_version)
             report = tasks.score_report(plan.run, manifest, drift, announce=events.announce_drift)
             if plan.is_last:
@@ -79,3 +67,32 @@ def score(
         )
         artifacts.show("score-summary", told)
         return manifest
+
+
+def finish_run(
+    stages: ScoringStages, plan: ScorePlan, corpus_uri: str, corpus: CorpusSpec, *, started_at: datetime
+) -> Manifest:
+    """Score the shards of a planned run, unless it is complete already; to be called in a flow.
+
+    Args:
+        stages: those that compute.
+        plan: of the run.
+        corpus_uri: as of `score`.
+        corpus: as of `score`.
+        started_at: when the run began.
+    """
+    if plan.manifest is not None:
+        return plan.manifest
+    receipts = tasks.gather(
+        stages.score_shards(
+            list(plan.shards),
+            unmapped(corpus),
+            unmapped(plan.spec),
+            run=unmapped(plan.run),
+            checkpoint_uri=unmapped(plan.checkpoint_uri),
+            checkpoint_digest=unmapped(plan.checkpoint_digest),
+            scoring_fingerprint=unmapped(plan.scoring_fingerprint),
+            rows_uri=[plan.run.rows_uri(shard.key) for shard in plan.shards],
+        )
+    )
+    return tasks.complete_scoring(plan, receipts, corpus_uri=corpus_uri, started_at=started_at)

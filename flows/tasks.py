@@ -22,6 +22,7 @@ from belt_tasks import (
     evaluation,
     export,
     fine_tuning,
+    length_report,
     maintenance,
     milestones,
     planning,
@@ -86,6 +87,8 @@ prepare_shard = bind(training_set.prepare_shard, task_run_name="prepare-{shard.k
 fine_tune_prepared = bind(fine_tuning.fine_tune_prepared)
 read_fine_tuning_receipt = bind(fine_tuning.read_receipt)
 evaluate_run = bind(evaluation.evaluate_run)
+plan_ways = bind(length_report.plan_ways)
+write_length_report = bind(length_report.write_length_report)
 
 republish = bind(publishing.republish)
 republish_fine_tuning = bind(fine_tuning.republish)

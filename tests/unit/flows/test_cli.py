@@ -67,7 +67,7 @@ def test_a_config_file_of_a_scoring_has_a_section_on_drift(tmp_path):
     assert "--config, drift.max_psi: input should be greater than 0, got 0" in said
     (tmp_path / "c.yaml").write_text("limits: {}")
     _, _, said = belt("evaluate", "corpus", "--checkpoint", "c", "--output", "o", "--config", tmp_path / "c.yaml")
-    assert "its sections must be corpus, spec and drift, got limits" in said
+    assert "its sections must be corpus, spec, drift and length, got limits" in said
 
 
 def test_a_report_of_what_is_not_there_is_a_plain_error(tmp_path):
@@ -116,7 +116,11 @@ CHUNKS, POOLING, BATCHES = specs.ChunkSpec, specs.PoolingSpec, specs.BatchSpec
     ("command", "specifications", "left_out"),
     [
         ("score", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES, specs.RaySpec], OF_LABELS),
-        ("evaluate", [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES], {"weight_column"}),
+        (
+            "evaluate",
+            [specs.CorpusSpec, specs.ScoreSpec, CHUNKS, POOLING, BATCHES, specs.LengthSpec],
+            {"weight_column"},
+        ),
         ("fine-tune", [specs.CorpusSpec, specs.TrainSpec, CHUNKS, POOLING, BATCHES], set()),
         ("chunk", [specs.CorpusSpec, CHUNKS], OF_LABELS),
         ("windows", [CHUNKS], set()),
@@ -139,6 +143,9 @@ def test_every_field_has_an_option_and_every_option_a_field(command, specificati
         "storage_block",
         "dry_run",
         "runner",
+        "length_report",
+        "head_checkpoint",
+        "head_tail_checkpoint",
     }
 
     assert options_of(command) - paths == fields - left_out
@@ -157,6 +164,24 @@ def test_options_of_a_cluster_go_with_its_runner(tmp_path):
     code, _, said = belt(*arguments, "--runner", "spark")
     assert code == 2
     assert "'threads', 'ray'" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--head-checkpoint", "m"], "--head-checkpoint goes with --length-report, which was not given"),
+        (["--head-tail-checkpoint", "m"], "--head-tail-checkpoint goes with --length-report, which was not given"),
+        (["--num-resamples", "200"], "--num-resamples goes with --length-report, which was not given"),
+        (["--length-report", "--confidence", "1"], "--confidence: input should be less than 1, got '1'"),
+        (["--length-report", "--min-bucket-documents", "x"], "--min-bucket-documents: input should be a valid integer"),
+    ],
+)
+def test_options_of_a_length_report(option, message, tmp_path):
+    code, _, said = belt("evaluate", "corpus", "--checkpoint", "m", "--output", tmp_path / "out", *option)
+
+    assert code == 2
+    assert said.startswith(f"Error: {message}")
     assert not (tmp_path / "out").exists()
 
 
