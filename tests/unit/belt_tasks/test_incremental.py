@@ -85,7 +85,7 @@ def check(output: str, files: dict[str, Rows], gone: set[str], size: int, logits
     assert set(table["run_id"]) <= known
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=35, deadline=None)
 @given(first=ROWS, nights=NIGHTS)
 def test_a_table_is_that_of_a_full_scoring_whatever_happened(tmp_path_factory, tiny_checkpoint, logits, first, nights):
     root = tmp_path_factory.mktemp("law")
