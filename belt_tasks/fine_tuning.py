@@ -39,6 +39,8 @@ class FineTuningReceipt(Spec):
     """What every step and epoch measured, as JSON lines."""
     curves_uri: str | None = None
     """Their picture."""
+    lonely_labels: tuple[str, ...] = ()
+    """Labels that a single training document has."""
     num_chunks: int
     """Chunks of the training and validation documents."""
     num_tokens_scored: int
@@ -102,6 +104,7 @@ def fine_tune(
         best_epoch=fitted.best + 1,
         calibration=card.calibration,
         metrics=card.metrics,
+        lonely_labels=fitted.lonely_labels,
         num_chunks=windows.num_chunks,
         num_tokens_scored=int(windows.new_tokens_C().sum()),
         num_tokens_encoded=int((windows.stop_C - windows.start_C).sum()),

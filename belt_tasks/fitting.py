@@ -26,7 +26,7 @@ from belt_tasks.specs import Spec, TrainSpec
 from belt_tasks.trainer import Trainer, build_trainer
 from belt_tasks.training_log import TrainingLog, mlflow_tracker
 from belt_tasks.training_loop import DivergedError, StepEnd, TrainingLoop
-from belt_tasks.training_set import TrainingSet, label_weights
+from belt_tasks.training_set import TrainingSet, label_weights, lonely_labels
 from belt_tasks.training_state import TrainingState, TrainingStates
 
 Int64 = npt.NDArray[np.int64]
@@ -56,6 +56,8 @@ class Fitted:
     """Of the best one on the documents held out, calibrated; empty without any."""
     num_training_documents: int
     num_validation_documents: int
+    lonely_labels: tuple[str, ...]
+    """Labels that a single training document has."""
     training_s: float
     """Of all attempts, but for work that a crash undid."""
     resumed_from_step: int | None = None
@@ -212,6 +214,7 @@ class _Fitting:
             metrics=measured,
             num_training_documents=len(self.training),
             num_validation_documents=len(self.validation),
+            lonely_labels=lonely_labels(self.trainer.training_set, self.training),
             training_s=self.training_s,
             resumed_from_step=self.resumed_from_step,
         )

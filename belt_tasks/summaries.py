@@ -29,6 +29,7 @@ from belt_tasks.run_list import RunSummary
 from belt_tasks.specs import ChunkSpec
 
 MOST_CHARACTERS = 80  # of a label
+NUM_LABELS = 10  # named
 MEASURED_BY = {"ece": "expected calibration error", "log_loss": "log loss"}
 
 
@@ -147,7 +148,7 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
         best = " (kept)" if epoch.number == receipt.best_epoch else ""
         rows.append([f"{epoch.number}{best}", _number(epoch.training_loss), *shown])
     rate = receipt.num_tokens_encoded * len(receipt.epochs) / receipt.training_s
-    labels = ", ".join(map(_label, receipt.labels[:10])) + (", ..." if len(receipt.labels) > 10 else "")  # noqa: PLR2004 - enough
+    labels = ", ".join(map(_label, receipt.labels[:NUM_LABELS])) + (", ..." if len(receipt.labels) > NUM_LABELS else "")
     return "\n".join(
         [
             f"## fine-tuning: {receipt.task} ({labels})",
@@ -156,8 +157,12 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
             "",
             f"- trained on {receipt.num_training_documents:,} documents, {receipt.num_validation_documents:,} held out",
             *_calibration(receipt),
+            *_lonely(receipt),
             f"- {receipt.num_chunks:,} chunks",
             f"- {_seconds(receipt.training_s)}, {rate:,.0f} tokens per second",
+            *_taken_up(receipt),
+            *([] if receipt.curves_uri is None else [f"- learning curves: `{receipt.curves_uri}`"]),
+            *([] if receipt.metrics_uri is None else [f"- every step and epoch: `{receipt.metrics_uri}`"]),
             f"- checkpoint: `{receipt.checkpoint_uri}`",
             "",
         ]
@@ -187,6 +192,20 @@ def _settings(chunks: ChunkSpec) -> str:
     """What is not the default, in words."""
     changed = chunks.model_dump(exclude_defaults=True)
     return ", ".join(f"{name} {value}" for name, value in changed.items()) or "the default"
+
+
+def _taken_up(receipt: FineTuningReceipt) -> list[str]:
+    if receipt.resumed_from_step is None:
+        return []
+    return [f"- an earlier attempt had ended; this one went on after its step {receipt.resumed_from_step:,}"]
+
+
+def _lonely(receipt: FineTuningReceipt) -> list[str]:
+    if not receipt.lonely_labels:
+        return []
+    names = ", ".join(map(_label, receipt.lonely_labels[:NUM_LABELS]))
+    more = f" and {len(receipt.lonely_labels) - NUM_LABELS} more" if len(receipt.lonely_labels) > NUM_LABELS else ""
+    return [f"- **labels with a single training document, which cannot be learned from it: {names}{more}**"]
 
 
 def _calibration(receipt: FineTuningReceipt) -> list[str]:

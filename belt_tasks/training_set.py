@@ -78,6 +78,15 @@ class TrainingSet:
         return np.asarray(self.target[:, labels_L].any(axis=1) if self.target.ndim > 1 else labels_L[self.target])
 
 
+def lonely_labels(training_set: TrainingSet, training: npt.NDArray[np.int64]) -> tuple[str, ...]:
+    """Labels that a single training document has, which nobody learns from one."""
+    head, target = training_set.head, training_set.target[training]
+    if head.task == "regression":
+        return ()
+    num_L = target.sum(axis=0) if target.ndim > 1 else np.bincount(target, minlength=len(head.labels))
+    return tuple(label for label, number in zip(head.labels, num_L, strict=True) if number == 1)
+
+
 def label_weights(
     training_set: TrainingSet, training: npt.NDArray[np.int64], wanted: Literal["balanced"] | dict[str, float] | None
 ) -> npt.NDArray[np.float64] | None:

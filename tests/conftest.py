@@ -44,12 +44,19 @@ from tests.s3_server import s3_server as run_s3_server
 hypothesis.settings.register_profile("belt", deadline=None)
 hypothesis.settings.load_profile("belt")
 
-SLOWEST_FIRST = ("rehearsal/test_rehearsal.py", "rehearsal/test_runbooks.py", "flows/test_ray.py", "integration/", "flows/")
+SLOWEST_FIRST = (
+    "rehearsal/test_rehearsal.py",
+    "rehearsal/test_runbooks.py",
+    "flows/test_ray.py",
+    "integration/",
+    "flows/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files, so that no worker is left with one of them at the end."""
     items.sort(key=lambda item: next((i for i, name in enumerate(SLOWEST_FIRST) if name in item.nodeid), 99))
+
 
 FAMILIES = ("bert", "roberta", "distilbert", "mpnet", "modernbert")
 NUM_POSITIONS = 64
