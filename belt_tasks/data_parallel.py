@@ -222,8 +222,15 @@ def launched(device: str, precision: Precision) -> Iterator[Ranks]:
         yield ranks
 
 
+def dismiss(spec: TrainSpec) -> None:
+    """Tell the ranks that a launcher started, if there are any, that there is nothing to do."""
+    if is_launched():
+        with launched(spec.device, spec.precision):
+            told({})
+
+
 def told(job: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What rank 0 tells all to do; the others wait for it."""
+    """What rank 0 tells all to do, nothing if it is empty; the others wait for it."""
     words = [None if job is None else json.dumps(job)]
     broadcast_object_list(words)
     found: dict[str, Any] = json.loads(words[0] or "{}")

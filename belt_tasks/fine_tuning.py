@@ -179,10 +179,13 @@ def fine_tune_prepared(
     return receipt
 
 
-def republish(run: RunRef) -> Manifest | None:
+def republish(run: RunRef, spec: TrainSpec) -> Manifest | None:
     """As `publishing.republish`; a run that lost its checkpoint or receipt is not complete."""
     kept = (storage.join(run.uri, "checkpoint", CARD_NAME), _receipt_uri(run))
-    return publishing.republish(run) if all(storage.exists(uri) for uri in kept) else None
+    manifest = publishing.republish(run) if all(storage.exists(uri) for uri in kept) else None
+    if manifest is not None:
+        data_parallel.dismiss(spec)
+    return manifest
 
 
 def read_receipt(run: RunRef) -> FineTuningReceipt:

@@ -45,6 +45,8 @@ def follow(device: str, precision: Any) -> None:  # noqa: ANN401 - as typed on t
     """
     with data_parallel.launched(device, precision) as ranks:
         job = data_parallel.told()
+        if not job:  # the run is complete already
+            return
         with _training_set(job) as (training_set, _):
             _fit(job, training_set, ranks)
 

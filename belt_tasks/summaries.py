@@ -88,7 +88,7 @@ def run_summary(
         tables = ["predictions", *(["evidence"] if shows_evidence else []), "rejected", "runs"]
         lines += [f"- {table}: {_link(_table_uri(run, table))} (Delta Lake)" for table in tables]
     else:
-        lines += [f"- {table}: `{_pattern(run, table)}`" for table in tables]
+        lines += [f"- {table}: `{place}`" for table in tables for place in _places(manifest, table)]
     return "\n".join(lines) + "\n"
 
 
@@ -620,8 +620,10 @@ def _run_uri(run: dict[str, Any]) -> str:
     return storage.join(run["output_uri"], "runs", run["run_id"])
 
 
-def _pattern(run: dict[str, Any], table: str) -> str:
-    return storage.join(_run_uri(run), table, "*.parquet")
+def _places(manifest: Manifest, table: str) -> list[str]:
+    """The files of a run's table, as globs; those of a fine-tuning may be shared with other runs."""
+    folders = {file.path.rpartition("/")[0] for file in manifest.files if file.table == table}
+    return [storage.join(manifest.run["output_uri"], folder, "*.parquet") for folder in sorted(folders)]
 
 
 def _table_uri(run: dict[str, Any], table: str) -> str:

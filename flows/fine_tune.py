@@ -38,7 +38,7 @@ def fine_tune(
     with attempt(storage_block, time_limit_s):
         started_at = datetime.now(UTC)
         plan = tasks.plan_fine_tuning(corpus_uri, encoder, output_uri, corpus, spec)
-        manifest = tasks.republish_fine_tuning(plan.run)
+        manifest = tasks.republish_fine_tuning(plan.run, spec)
         if manifest is None:
             receipts = _prepare(plan.prepare)
             validation_receipts = []
