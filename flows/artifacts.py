@@ -1,5 +1,6 @@
 """Artifacts: what people see of a flow run on its page, beside its log."""
 
+import base64
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,18 @@ def show(key: str, markdown: str) -> None:
         markdown: what it shows.
     """
     create_markdown_artifact(markdown, key=key, description=flow_run.get_name())
+
+
+def show_picture(key: str, what: str, uri: str) -> None:
+    """Make an artifact of a picture, which is copied into it: who sees the run's page need not see the store.
+
+    Args:
+        key: see `show`.
+        what: of the picture, in words.
+        uri: a small PNG.
+    """
+    data = base64.b64encode(storage.read_bytes(uri)).decode()
+    show(key, f"![{what}](data:image/png;base64,{data})\n\n`{uri}`\n")
 
 
 def report_links(report: ScoreReport | None, settings: LinkSettings) -> dict[str, str]:

@@ -67,6 +67,8 @@ def fine_tune(
             "fine-tune-summary",
             summaries.run_summary(manifest, asked_at=started_at) + "\n" + summaries.fine_tuning_summary(trained),
         )
+        if trained.curves_uri is not None:
+            artifacts.show_picture("learning-curves", "loss and learning rate by step", trained.curves_uri)
         return manifest, trained
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import base64
 import re
 import shutil
 import time
@@ -60,9 +61,8 @@ def artifacts(client, state, kind: str = "markdown") -> list:
 
 
 def artifact(client, state, key: str) -> str:
-    """The one markdown artifact of a flow run."""
-    (found,) = artifacts(client, state)
-    assert found.key == key
+    """The one markdown artifact of a flow run of such a key."""
+    (found,) = [each for each in artifacts(client, state) if each.key == key]
     return found.data
 
 
@@ -112,6 +112,8 @@ def test_fine_tune(fine_tuned, client, labelled_corpus):
     assert TrainSpec.model_validate_json(manifest.run["spec"]) == TRAIN
     assert manifest.labels == ("fox", "window")
     assert checkpoint.read_card(checkpoint.resolve(output)).chunks == CHUNKS
+    (picture,) = (Path(output) / "runs").glob("*/learning_curves.png")
+    assert base64.b64encode(picture.read_bytes()).decode() in artifact(client, state, "learning-curves")
     shown = artifact(client, state, "fine-tune-summary")
     assert f"run {manifest.run['run_id']}" in shown
     assert "| rejected rows | 1 (text_null 1) |" in shown
