@@ -1,8 +1,8 @@
 """The flows as a deployment runs them: real Prefect, a tiny encoder, a corpus of three files."""
 
+import base64
 import json
 import os
-import base64
 import re
 import shutil
 import time
