@@ -306,6 +306,12 @@ class TrainSpec(Spec):
     seed: int = Field(default=0, ge=0)
     """Seed of the head's weights, dropout and the order of documents."""
 
+    @model_validator(mode="after")
+    def _redraws_what_is_drawn(self) -> Self:
+        if self.redraw_chunks and self.chunks.selection != "random_k":
+            raise ValueError(f"redraw_chunks needs selection random_k, got selection {self.chunks.selection!r}")
+        return self
+
 
 class GateSpec(Spec):
     """When a challenger may take the champion's place; None of a limit does not look."""

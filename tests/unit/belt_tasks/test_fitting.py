@@ -381,3 +381,25 @@ def test_documents_without_any_token_train(write_corpus, tiny_encoder, tmp_path)
 
     assert len(fine_tuned(write_corpus(rows, name="labelled"), tiny_encoder, tmp_path, SPEC).epochs) == 2
     assert words(0) == ""
+
+
+def test_documents_are_evaluated_in_parts_that_fit_memory(monkeypatch, write_corpus, tiny_encoder, tmp_path):
+    corpus = write_corpus(ROWS, name="labelled")
+    whole = fine_tuned(corpus, tiny_encoder, tmp_path / "whole", SPEC)
+    sizes = []
+    really = trainer.Trainer._logits
+    monkeypatch.setattr(trainer, "EVALUATION_TOKENS", 100)
+    monkeypatch.setattr(
+        trainer.Trainer, "_logits", lambda self, part, encoder: sizes.append(len(part)) or really(self, part, encoder)
+    )
+
+    parts = fine_tuned(corpus, tiny_encoder, tmp_path / "parts", SPEC)
+
+    assert len(sizes) > 2 * SPEC.epochs
+    assert sum(sizes) == SPEC.epochs * whole.num_validation_documents
+    assert parts.epochs[0].validation["loss"] == pytest.approx(whole.epochs[0].validation["loss"], rel=1e-5)
+
+
+def test_chunks_are_redrawn_only_where_they_are_drawn():
+    with pytest.raises(ValueError, match="redraw_chunks needs selection random_k, got selection 'all'"):
+        TrainSpec(redraw_chunks=True)
