@@ -4,9 +4,12 @@ A spec says nothing about where data lies (that is a reference) or what happened
 Wrong values raise `pydantic.ValidationError` at construction, from Python, YAML, the CLI and Prefect alike.
 """
 
-from typing import Annotated, Literal, Self
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
 PoolingStrategy = Literal["mean", "max", "length_weighted_mean", "attention"]
@@ -21,6 +24,17 @@ Metric = Literal[
 Runner = Literal["threads", "ray"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _label_weights(value: Any) -> Any:  # noqa: ANN401 - whatever was given
+    """Refuse what is no weights, in one message instead of one for each member of the union."""
+    numbers = value.values() if isinstance(value, Mapping) else ()
+    are_weights = all(isinstance(number, int | float) and 0.0 < number < math.inf for number in numbers)
+    if value is None or value == "balanced" or (isinstance(value, Mapping) and are_weights):
+        return value
+    raise PydanticCustomError(
+        "label_weights", "input should be balanced, or by label a number above 0 (such weights go into --config)"
+    )
 
 
 class Spec(BaseModel):
@@ -276,7 +290,7 @@ class TrainSpec(Spec):
     precision: Precision = "fp32"
     """fp32, or autocast to bf16 or fp16 on a GPU."""
 
-    label_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0.0)]] | None = None
+    label_weights: Annotated[Literal["balanced"] | dict[str, float] | None, BeforeValidator(_label_weights)] = None
     """How much documents count by their label: balanced makes rare labels count as much as common ones; or weights by
     label, 1 for those not named. Of multilabel they weigh the documents that carry a label against the others."""
 

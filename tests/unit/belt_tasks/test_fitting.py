@@ -248,6 +248,18 @@ def test_weighted_losses_are_those_of_pytorch(task):
     assert heads.losses(logits, target, head, weights).mean() == pytest.approx(expected)
 
 
+def test_labels_of_hardly_any_weight_are_hardly_ever_found(write_corpus, tiny_encoder, tmp_path):
+    corpus, texts = write_corpus(ROWS, name="labelled"), labelled_rows(30, seed=5, most_words=60)["text"].to_list()
+    shares = {}
+    for label in ("fox", "window"):
+        spec = SPEC.model_copy(update={"label_weights": {label: 1e-6}})
+        receipt = fine_tuned(corpus, tiny_encoder, tmp_path / label, spec)
+        scored = score_texts(texts, checkpoints.load_checkpoint(receipt.checkpoint_uri), ScoreSpec(device="cpu"))
+        shares[label] = np.mean(scored.scores_DL.argmax(axis=1) == receipt.labels.index(label))
+
+    assert max(shares.values()) < 0.2
+
+
 def test_a_document_weighed_with_nothing_like_zero_is_as_if_it_were_not_there(write_corpus, tiny_encoder, tmp_path):
     """Wrong labels of hardly any weight do not teach; the same labels at full weight do."""
     is_wrong = pl.int_range(pl.len()) % 4 < 2

@@ -292,6 +292,22 @@ def test_redrawn_chunks_are_others_in_every_epoch_and_the_same_again(tiny_encode
     assert len(kept) == 2  # evaluation draws as scoring does
 
 
+def test_every_chunk_of_every_document_has_a_key_of_its_own_in_every_epoch_and_seed(tiny_encoder, ranks):
+    seen = []
+    for seed in (0, 1):
+        trainer = make_trainer(tiny_encoder, ranks)
+        trainer.spec = trainer.spec.model_copy(update={"seed": seed})
+        for epoch in range(3):
+            for documents in ([0, 1, 2], [2, 0]):  # whoever comes with it
+                _, chunks = trainer.chunks(np.array(documents), epoch)
+                _, key_C = chunks.inputs(np.arange(len(chunks)))
+                seen.append(key_C.tolist())
+            assert set(seen[-1]) < set(seen[-2])
+
+    keys = [key for together in seen[::2] for key in together]
+    assert len(set(keys)) == len(keys) == 2 * 3 * trainer.windows.num_chunks
+
+
 def test_an_encoder_that_draws_on_its_own_is_refused(tiny_encoder, ranks):
     trainer = make_trainer(tiny_encoder, ranks, dtype=torch.float32)
     trainer.model.body.embeddings.register_forward_hook(lambda _, __, output: output + torch.rand_like(output))

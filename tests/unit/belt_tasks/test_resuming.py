@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from belt_tasks import fine_tuning, fitting, progress, storage, training_state
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef
-from belt_tasks.specs import BatchSpec, ChunkSpec, TrainSpec
+from belt_tasks.specs import BatchSpec, ChunkSpec, CorpusSpec, TrainSpec
 from belt_tasks.training_state import TrainingState, TrainingStates
 from tests.conftest import labelled_rows
 from tests.fine_tuned import fine_tuned, prepared
@@ -254,6 +254,20 @@ def test_another_spec_is_another_run_with_the_same_tokens(labelled_corpus, tiny_
     assert one.prepare.run == two.prepare.run
     assert [receipt.files for receipt in again] == [receipt.files for receipt in receipts]
     assert all(receipt.reused for receipt in again)
+
+
+def test_another_tokenizer_or_column_is_tokenized_anew(labelled_corpus, tiny_encoders, tmp_path):
+    runs = [
+        prepared(labelled_corpus, tiny_encoders(family), tmp_path, SPEC, columns)[0].prepare.run.run_id
+        for family, columns in [
+            ("bert", CorpusSpec()),
+            ("roberta", CorpusSpec()),
+            ("bert", CorpusSpec(text_column="doc_id")),
+            ("bert", CorpusSpec(split_column="split", split="train")),
+        ]
+    ]
+
+    assert len(set(runs)) == 4
 
 
 def test_the_log_says_what_every_step_and_epoch_measured(labelled_corpus, tiny_encoder, tmp_path):

@@ -151,6 +151,24 @@ def test_every_field_has_an_option_and_every_option_a_field(command, specificati
     assert options_of(command) - paths == fields - left_out
 
 
+@pytest.mark.parametrize(
+    ("section", "got"),
+    [("foo", "'foo'"), ("{fox: -1}", "{'fox': -1}"), ("{fox: heavy}", "{'fox': 'heavy'}"), ("[1.0]", "[1.0]")],
+)
+def test_label_weights_that_are_none_are_refused_in_one_sentence(tmp_path, section, got):
+    (tmp_path / "c.yaml").write_text(f"spec: {{label_weights: {section}}}")
+
+    code, _, said = belt("fine-tune", "c", "--encoder", "e", "--output", "o", "--config", str(tmp_path / "c.yaml"))
+
+    assert (code, said) == (
+        2,
+        (
+            "Error: --config, spec.label_weights: input should be balanced, or by label a number above 0 (such weights "
+            f"go into --config), got {got}\n"
+        ),
+    )
+
+
 def test_options_of_a_cluster_go_with_its_runner(tmp_path):
     arguments = ["score", "corpus", "--checkpoint", "model", "--output", str(tmp_path / "out")]
 
