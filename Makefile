@@ -42,7 +42,7 @@ release-contracts: .venv/test  ## make the contracts in work the released ones, 
 bench: .venv/bench  ## install, then measure belt's scoring beside its peers; ARGS=--help lists the options
 	$(BIN)/python -m tests.benchmarks.scoring $(ARGS)
 
-results: .venv/demo  ## fine-tune on real corpora in DATA=DIR, compare the ways of reading, and put the results into the README; ARGS=--help
+results: .venv/demo  ## fine-tune on the real corpora in DATA=DIR, compare ways of reading, and put the results into the README
 	$(BIN)/python -m tests.benchmarks.results $(DATA) --readme README.md $(ARGS)
 
 s3: .venv/test  ## install, then run an S3 server on this machine, to try belt with s3:// URLs

@@ -71,6 +71,7 @@ def main(
         settings = {each.name: _changed(each.known.settings, changes) for each in found}
         shown = _kept(kept, merge or [], readme)
         if not found:
+            say("no DIR was given, so nothing was fine-tuned: what is kept was merged and shown")
             return
         if max_documents is not None:
             found, output = _sampled(found, max_documents, output)
