@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from belt_tasks import progress, resampling, storage, training_state
@@ -97,6 +98,7 @@ def fit(
     trainer = replace_weights(
         build_trainer(training_set, spec, encoder_source=encoder_source, ranks=ranks), training=training
     )
+    _begin_at_the_mean(trainer, training)
     fitting = _Fitting(trainer=trainer, training=training, validation=validation, run=run)
     try:
         return fitting.run_to_end()
@@ -138,6 +140,16 @@ def replace_weights(trainer: Trainer, *, training: Int64) -> Trainer:
         weight_D=None if given_D is None else given_D / given_D[training].mean(),
         label_weight_L=label_weights(trainer.training_set, training, spec.label_weights),
     )
+
+
+def _begin_at_the_mean(trainer: Trainer, training: Int64) -> None:
+    """A regression begins at the mean of its targets, which may be far from zero: no step is lost on it."""
+    if trainer.training_set.head.task != "regression":
+        return
+    weight_D = None if trainer.weight_D is None else trainer.weight_D[training]
+    mean = float(np.average(trainer.training_set.target[training], weights=weight_D))
+    with torch.no_grad():
+        trainer.model.head.linear.bias.fill_(mean)
 
 
 def _states(run: RunRef) -> TrainingStates:

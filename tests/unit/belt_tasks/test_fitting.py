@@ -412,6 +412,16 @@ def test_documents_are_evaluated_in_parts_that_fit_memory(monkeypatch, write_cor
     assert parts.epochs[0].validation["loss"] == pytest.approx(whole.epochs[0].validation["loss"], rel=1e-5)
 
 
+def test_a_regression_begins_at_the_mean_of_its_targets(write_corpus, tiny_encoder, tmp_path):
+    stars = np.linspace(900.0, 1100.0, 40)
+    rows = ROWS.with_columns(label=pl.Series(stars))
+    spec = SPEC.model_copy(update={"learning_rate": 1e-9, "epochs": 1})
+
+    receipt = fine_tuned(write_corpus(rows, name="labelled"), tiny_encoder, tmp_path, spec)
+
+    assert receipt.epochs[0].training_loss < 1.3 * stars.var()  # not a million
+
+
 def test_chunks_are_redrawn_only_where_they_are_drawn():
     with pytest.raises(ValueError, match="redraw_chunks needs selection random_k, got selection 'all'"):
         TrainSpec(redraw_chunks=True)
