@@ -582,7 +582,7 @@ def test_a_table_whose_rows_cannot_satisfy_the_contract_is_left_alone(tmp_path, 
         storage.write_parquet(f"{root}/one.parquet", data_contracts.arrow_schema("rejected").empty_table())
         lake.commit(table, Change(new_uris=(f"{root}/one.parquet",)), run_id="one", base_version=None)
     uris, before = write(root, {"a": 1}, "two"), sorted(Path(table.uri).rglob("*"))
-    words = rf"^rejected v1, .*/tables/rejected: {expected}; use the version of belt that wrote this table, or choose"
+    words = rf"^rejected v2, .*/tables/rejected: {expected}; use the version of belt that wrote this table, or choose"
 
     with pytest.raises(ConfigError, match=words):
         lake.commit(table, Change(new_uris=uris, replaces_all=replaces_all), run_id="two", base_version=0)

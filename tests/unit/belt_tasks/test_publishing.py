@@ -46,6 +46,7 @@ def tokens(*doc_ids, num_tokens=2):
         "label": ["a"] * len(doc_ids),
         "labels": [None] * len(doc_ids),
         "target": [None] * len(doc_ids),
+        "weight": [None] * len(doc_ids),
     }
     return pa.table(values, schema=data_contracts.arrow_schema("tokens"))
 

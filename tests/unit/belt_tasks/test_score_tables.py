@@ -451,7 +451,7 @@ def test_tables_that_break_their_contract_stop_the_run_before_work_starts(
     change_text(corpus, "doc-15")
     files = sorted((tmp_path / "out").rglob("*"))
     monkeypatch.setattr(scoring, "encode_windows", lambda *_, **__: pytest.fail("encoded"))
-    words = rf"{name} v1, .*/tables/{name}: missing column {column} \(string\), which is required; use the version of"
+    words = rf"{name} v\d, .*/tables/{name}: missing column {column} \(string\), which is required; use the version of"
 
     with pytest.raises(ConfigError, match=words):
         score_corpus(corpus, tiny_checkpoint, output, spec=SPEC)
