@@ -116,13 +116,13 @@ def checkpointing(trainer: Trainer) -> AddGradient:
     def add_gradient() -> float:
         _, chunks = trainer.chunks(_documents(trainer), epoch=0)
         plan = chunks.plan(np.arange(len(chunks)))
-        trainer.model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainer.model.body.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         try:
             parts = [_forward(trainer, chunks, rows_B) for rows_B in plan]
             back_C = torch.from_numpy(np.argsort(np.concatenate(plan))).to(trainer.device)
             return _backward(trainer, torch.cat(parts)[back_C])
         finally:
-            trainer.model.body.gradient_checkpointing_disable()
+            trainer.model.body.activation_checkpointing_disable()
 
     return add_gradient
 

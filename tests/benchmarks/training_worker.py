@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.training_worker DROPOUT SETUP_JSON
 
-A request names a way and the lengths of the documents, and what is wanted: `seconds` of the step, the `peak_bytes` that it
-needs above what the process had before, or the `differences` of its gradient from that of one pass.
+A request names a way and the lengths of the documents, and what is wanted: `seconds` of the step, the `peak_bytes`
+that it needs above what the process had before, or the `differences` of its gradient from that of one pass.
 """
 
 import gc
@@ -54,7 +54,9 @@ class TrainingWorker:
                 case "seconds":
                     return self.seconds(self._step(name, lengths, pooling))
                 case "peak_bytes":
-                    self._step(name, WARM_UP_LENGTHS, pooling)()  # what is loaded or made once, however long documents are
+                    self._step(
+                        name, WARM_UP_LENGTHS, pooling
+                    )()  # what is loaded or made once, however long documents are
                     return self.peak_bytes(self._step(name, lengths, pooling))
                 case "differences":
                     return self.differences(name, lengths, pooling)
