@@ -40,6 +40,8 @@ def lines_png(results: Results, dropout: float, caption: str) -> bytes:
         timed = [one for one in results.times if (one.way, one.dropout) == (way, dropout) and one.seconds]
         _line(memory_axes, way, peaks)
         _line(seconds_axes, way, [(one.documents, statistics.median(one.seconds)) for one in timed])
+    _finish(memory_axes, results, f"Memory of a step, dropout {dropout:g}", "GiB above what the process had before")
+    _finish(seconds_axes, results, f"Time of a step, dropout {dropout:g}", "seconds")
     most_gib = results.options.setup.most_bytes / GIB
     memory_axes.axhline(most_gib, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
     memory_axes.annotate(
@@ -52,8 +54,6 @@ def lines_png(results: Results, dropout: float, caption: str) -> bytes:
         fontsize=8,
         color=FAINT,
     )
-    _finish(memory_axes, results, f"Memory of a step, dropout {dropout:g}", "GiB above what the process had before")
-    _finish(seconds_axes, results, f"Time of a step, dropout {dropout:g}", "seconds")
     handles, labels = memory_axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
@@ -76,8 +76,8 @@ def _line(axes: Axes, way: str, points: Points) -> None:
 
 
 def _finish(axes: Axes, results: Results, title: str, unit: str) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    if any(len(line.get_xdata()) > 0 for line in axes.get_lines()):  # axes without values cannot be logarithmic
+        axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axis.set_minor_formatter(lambda *_: "")

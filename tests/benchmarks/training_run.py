@@ -35,10 +35,10 @@ class Documents:
         batch = "" if len(self.lengths) == 1 else f"{len(self.lengths)} documents, "
         return f"{batch}{self.num_tokens:,} tokens"
 
-    def num_positions(self, chunk_size: int) -> int:
-        """Content tokens of their chunks when all are padded to the longest."""
+    def num_positions(self, chunk_size: int, padded_to: int | None = None) -> int:
+        """Content tokens of their chunks when all are padded to so many, or to the longest."""
         num_chunks = sum(-(-length // chunk_size) for length in self.lengths)
-        return num_chunks * min(max(self.lengths), chunk_size)
+        return num_chunks * (padded_to or min(max(self.lengths), chunk_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +109,9 @@ class Results:
 
     def _position(self, way: str, documents: Documents) -> int:
         """What memory is proportional to, or for a bounded way what of it decides."""
-        setup = self.options.setup
-        num_positions = documents.num_positions(setup.chunk_size)
-        return (
-            min(num_positions, max(setup.max_batch_tokens, setup.chunk_size)) if WAYS[way].is_bounded else num_positions
-        )
+        setup, its = self.options.setup, WAYS[way]
+        num_positions = documents.num_positions(setup.chunk_size, its.padded_to)
+        return min(num_positions, max(setup.max_batch_tokens, setup.chunk_size)) if its.is_bounded else num_positions
 
 
 def extrapolated(points: Sequence[tuple[int, float]], at: int) -> float | None:

@@ -41,6 +41,8 @@ class Way:
     prepare: Callable[[Trainer], AddGradient]
     is_bounded: bool = False
     """Whether its memory ends to grow with a document that fills one mini-batch."""
+    padded_to: int | None = None
+    """Tokens of every chunk; None pads to the longest."""
 
 
 def build_model(setup: TrainingSetup, *, dropout: float) -> ChunkModel:
@@ -176,7 +178,7 @@ WAYS = {
     "belt-max": Way(title="belt, max", pooling="max", prepare=belt, is_bounded=True),
     "one-pass": Way(title="one pass", pooling="mean", prepare=one_pass),
     "checkpointing": Way(title="activation checkpointing", pooling="mean", prepare=checkpointing),
-    "belt-nlp": Way(title="belt-nlp 1.1.0", pooling="mean", prepare=belt_nlp),
+    "belt-nlp": Way(title="belt-nlp 1.1.0", pooling="mean", prepare=belt_nlp, padded_to=BELT_NLP_POSITIONS),
 }
 REFERENCE = "one-pass"
 
