@@ -165,7 +165,7 @@ def write(folder: Path, results: Results, asked: dict[str, str], *, busy: float)
     now, setup = datetime.now(UTC), results.options.setup
     machine = report.machine(setup.num_threads, busy=busy) | {
         "device": encoder.device_name(encoder.choose_device(setup.device)),
-        "model": Path(setup.encoder).name,
+        "model": Path(asked["model"]).name if "model" in asked else "all-MiniLM-L6-v2",
     }
     figures = {
         "date": now.isoformat(timespec="seconds"),

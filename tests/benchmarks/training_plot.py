@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from tests.benchmarks.plot import BELT_COLOUR, DPI, INK, PEER_COLOUR
 from tests.benchmarks.training_run import GIB, Documents, Results
@@ -78,6 +79,8 @@ def _line(axes: Axes, way: str, points: Points) -> None:
 def _finish(axes: Axes, results: Results, title: str, unit: str) -> None:
     if any(len(line.get_xdata()) > 0 for line in axes.get_lines()):  # axes without values cannot be logarithmic
         axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axis.set_minor_formatter(lambda *_: "")
@@ -91,6 +94,7 @@ def _finish(axes: Axes, results: Results, title: str, unit: str) -> None:
         fontsize=8,
         color=FAINT,
     )
+    axes.tick_params(labelsize=8)
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel("tokens of the document", fontsize=9)
     axes.set_ylabel(unit, fontsize=9)
