@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from belt_tasks import data_parallel, memory
+from belt_tasks.data_parallel import Ranks
 from tests.benchmarks import training_ways
 from tests.benchmarks.protocol import TrainingSetup
 from tests.benchmarks.training_ways import REFERENCE, WAYS, AddGradient, Pooling
@@ -33,17 +34,10 @@ OVER_LIMIT = 3  # the exit code of a process that needed more than it may
 class TrainingWorker:
     """The model, and the steps that were prepared."""
 
-    def __init__(self, dropout: float, setup: TrainingSetup, stack: ExitStack) -> None:
-        torch.set_num_threads(setup.num_threads)
-        self._dropout, self._setup = dropout, setup
-        self._ranks = stack.enter_context(data_parallel.alone(setup.device, "fp32"))
+    def __init__(self, dropout: float, setup: TrainingSetup, ranks: Ranks) -> None:
+        self._dropout, self._setup, self._ranks = dropout, setup, ranks
         self._model = training_ways.build_model(setup, dropout=dropout)
         self._prepared: dict[tuple[str, tuple[int, ...], Pooling], AddGradient] = {}
-        if self._is_cuda:
-            total = torch.cuda.get_device_properties(self._ranks.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(setup.most_bytes / total, 1.0))
-        else:
-            threading.Thread(target=self._end_over_limit, args=(rss_bytes(),), daemon=True).start()
 
     def answer(self, request: dict[str, Any]) -> Reply:
         """Do what is asked for, and give the memory back."""
@@ -122,23 +116,35 @@ class TrainingWorker:
             torch.cuda.empty_cache()
         memory.give_back()
 
-    def _end_over_limit(self, before_bytes: int) -> None:
-        """Watch this process, and end it before the machine runs out of memory."""
-        while True:
-            if rss_bytes() - before_bytes > self._setup.most_bytes:
-                print(f"it needs more than {self._setup.most_bytes / 2**30:.1f} GiB", file=sys.stderr, flush=True)
-                os._exit(OVER_LIMIT)
-            time.sleep(LOOK_EVERY_S)
-
 
 def rss_bytes() -> int:
     """The memory that this process has now."""
     return int(psutil.Process().memory_info().rss)
 
 
+def limit_memory(setup: TrainingSetup, device: torch.device) -> None:
+    """Let this process end itself before it takes more memory than it may."""
+    if device.type == "cuda":
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(setup.most_bytes / total_bytes, 1.0), device)
+        return
+    before_bytes = rss_bytes()
+
+    def watch() -> None:
+        while rss_bytes() - before_bytes <= setup.most_bytes:
+            time.sleep(LOOK_EVERY_S)
+        print(f"it needs more than {setup.most_bytes / 2**30:.1f} GiB", file=sys.stderr, flush=True)
+        os._exit(OVER_LIMIT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def load(dropout: float, setup: TrainingSetup, stack: ExitStack) -> Answer:
     """What answers the requests of this process."""
-    return TrainingWorker(dropout, setup, stack).answer
+    ranks = stack.enter_context(data_parallel.alone(setup.device, "fp32"))
+    worker = TrainingWorker(dropout, setup, ranks)
+    limit_memory(setup, ranks.device)
+    return worker.answer
 
 
 if __name__ == "__main__":

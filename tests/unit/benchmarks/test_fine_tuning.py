@@ -11,11 +11,13 @@ from matplotlib.image import imread
 
 from belt_tasks import data_parallel
 from belt_tasks.errors import ConfigError
-from tests.benchmarks import training_plot, training_report, training_ways
-from tests.benchmarks.fine_tuning import check
-from tests.benchmarks.protocol import TrainingSetup
+from tests.benchmarks import training_plot, training_report, training_run, training_ways
+from tests.benchmarks.fine_tuning import check, write
+from tests.benchmarks.protocol import TrainingSetup, UnavailableError
+from tests.benchmarks.rounds import PeerError, Worker
 from tests.benchmarks.training_run import GIB, Documents, Measurement, Options, Results, extrapolated
 from tests.benchmarks.training_ways import WAYS
+from tests.benchmarks.training_worker import TrainingWorker
 
 ROOT = Path(__file__).parents[3]
 ONE_BATCH, LONG, SHORT = Documents(lengths=(40,)), Documents(lengths=(400,)), Documents(lengths=(3, 4))
@@ -170,22 +172,75 @@ def test_the_plot_is_a_png_even_without_results(results):
     assert drawn.shape[1] == empty.shape[1] > drawn.shape[0]
 
 
+class WorkerHere:
+    """What stands for a process: the same answers, from this one."""
+
+    def __init__(self, dropout, setup, ranks):
+        self._worker = TrainingWorker(dropout, setup, ranks)
+
+    def answer(self):
+        return {"ready": True}
+
+    def ask(self, request):
+        try:
+            return self._worker.answer(request)
+        except UnavailableError as error:
+            raise PeerError(str(error)) from error
+
+    def close(self):
+        pass
+
+
+def test_a_tiny_run_has_tables_figures_and_a_plot(tiny_encoder, tmp_path, monkeypatch):
+    sizes = {"chunk_size": 30, "max_batch_tokens": 64, "chunks": "3", "tokens": "400", "rounds": 2}
+    options = check(output=tmp_path, model=tiny_encoder, **sizes)
+    with data_parallel.alone("cpu", "fp32") as ranks:
+        monkeypatch.setattr(
+            training_run, "_started", lambda options, dropout, _: WorkerHere(dropout, options.setup, ranks)
+        )
+        results = training_run.run(options, lambda _: None)
+    text = write(tmp_path, results, {}, busy=0.0)
+
+    figures = json.loads((tmp_path / "fine_tuning.json").read_text())
+    belt_nlp = [one for kind in ("memory", "seconds") for one in figures[kind] if one["way"] == "belt-nlp"]
+    assert all("belt-nlp has the ids of BERT's special tokens in its code" in one["reason"] for one in belt_nlp)
+    timed = [one for one in figures["seconds"] if one["way"] != "belt-nlp"]
+    assert {(one["documents"], one["dropout"]) for one in timed} == {
+        (title, dropout) for title in ("8 documents, 132 tokens", "90 tokens") for dropout in (0.1, 0.0)
+    }
+    assert all(len(one["seconds"]) == 2 and one["times_one_pass"] > 0.0 for one in timed)
+    compared = [one for one in figures["gradients"] if one["way"] != "belt-nlp"]
+    assert len(compared) == 2 * 3
+    assert all(0.0 <= one["difference"]["norm"] < 1e-5 for one in compared)
+    assert all(one["peak_bytes"] is not None for one in figures["memory"] if one["way"] != "belt-nlp")
+    assert {one["documents"] for one in figures["growth"]} == {"400 tokens"}
+    assert (tmp_path / "fine_tuning.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "fine_tuning.md").read_text().strip() == text.strip()
+    assert text.count("\n## ") == 5
+
+
 @pytest.mark.slow
-def test_a_tiny_run_goes_all_the_way(tiny_encoder, tmp_path):
+def test_the_command_measures_in_processes(tiny_encoder, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "tests.benchmarks.fine_tuning", "--model", tiny_encoder, "--output", output]
-    options = ["--rounds", "2", "--chunks", "3", "--tokens", "400", "--dropout", "0.1", "--ways", "belt-max,one-pass"]
+    options = ["--rounds", "1", "--chunks", "2", "--tokens", "60", "--dropout", "0", "--ways", "one-pass"]
     sizes = ["--chunk-size", "30", "--max-batch-tokens", "64"]
 
     result = subprocess.run([*command, *options, *sizes], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert result.returncode == 0, result.stderr
     figures = json.loads((output / "fine_tuning.json").read_text())
-    assert all(len(one["seconds"]) == 2 and one["times_one_pass"] > 0.0 for one in figures["seconds"])
-    assert {one["documents"] for one in figures["seconds"]} == {"8 documents, 132 tokens", "90 tokens"}
-    assert [one["way"] for one in figures["gradients"]] == ["belt-max"] * 2
-    assert all(one["difference"]["norm"] < 1e-5 for one in figures["gradients"])
-    assert all(one["peak_bytes"] > 0 for one in figures["memory"] if one["documents"] == "400 tokens")
-    assert figures["growth"][0]["documents"] == "400 tokens"
-    assert (output / "fine_tuning.png").read_bytes().startswith(b"\x89PNG")
+    assert all(len(one["seconds"]) == 1 for one in figures["seconds"])
+    assert all(one["peak_bytes"] > 0 for one in figures["memory"])
     assert (output / "fine_tuning.md").read_text().strip() == result.stdout.strip()
+
+
+def test_a_process_that_needs_too_much_ends_itself(tiny_encoder, tmp_path):
+    setup = TrainingSetup(
+        encoder=str(tiny_encoder), chunk_size=30, max_batch_tokens=64, device="cpu", num_threads=1, most_bytes=1
+    )
+    worker = Worker("0", setup, tmp_path / "log.txt", "tests.benchmarks.training_worker")
+
+    with pytest.raises(PeerError, match=r"ended with exit code 3: it needs more than 0\.0 GiB"):
+        worker.answer() and worker.ask({"wanted": "seconds", "way": "one-pass", "lengths": [3000]})
+    worker.close()
