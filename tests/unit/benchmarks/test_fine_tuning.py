@@ -1,5 +1,6 @@
 """The fine-tuning benchmark: all ways have one gradient, sizes are foreseen, and a tiny run goes all the way."""
 
+import gc
 import io
 import json
 import subprocess
@@ -191,6 +192,15 @@ class WorkerHere:
         pass
 
 
+@pytest.fixture
+def frozen_heap():
+    """What is imported is not looked through by every collection, of which a run has many."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("frozen_heap")
 def test_a_tiny_run_has_tables_figures_and_a_plot(tiny_encoder, tmp_path, monkeypatch):
     sizes = {"chunk_size": 30, "max_batch_tokens": 64, "chunks": "3", "tokens": "400", "rounds": 2}
     options = check(output=tmp_path, model=tiny_encoder, **sizes)
