@@ -14,7 +14,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test contracts release-contracts bench results s3 up down stack-status stack-env check format clean
+.PHONY: help demo test contracts release-contracts bench bench-fine-tuning results s3 up down stack-status stack-env check format clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 20
@@ -44,6 +44,9 @@ bench: .venv/bench  ## install, then measure belt's scoring beside its peers; AR
 
 results: .venv/demo  ## fine-tune on the real corpora in DATA=DIR, compare ways of reading, and put the results into the README
 	$(BIN)/python -m tests.benchmarks.results $(DATA) --readme README.md $(ARGS)
+
+bench-fine-tuning: .venv/bench  ## install, then measure a fine-tuning step beside other ways to its gradient; ARGS=--help
+	$(BIN)/python -m tests.benchmarks.fine_tuning $(ARGS)
 
 s3: .venv/test  ## install, then run an S3 server on this machine, to try belt with s3:// URLs
 	$(BIN)/python -m tests.s3_server

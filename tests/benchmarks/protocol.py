@@ -26,6 +26,21 @@ class Setup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingSetup:
+    """What every process is started with that computes gradients."""
+
+    encoder: str
+    """Folder of an encoder and its tokenizer."""
+    chunk_size: int
+    max_batch_tokens: int
+    device: str
+    num_threads: int
+    """Cores that every way may use."""
+    most_bytes: int
+    """A process that needs more for its step ends itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """One round: Parquet in, Parquet out."""
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from tests.benchmarks import documents
 from tests.benchmarks.peers import PEERS, REFERENCE
-from tests.benchmarks.protocol import Setup, Work, first_line, rotated
+from tests.benchmarks.protocol import Setup, TrainingSetup, Work, first_line, rotated
 from tests.benchmarks.worker import CEILING
 
 ROOT = Path(__file__).parents[2]
@@ -27,15 +27,17 @@ class PeerError(Exception):
 
 
 class Worker:
-    """A process of `tests.benchmarks.worker`."""
+    """A process of `tests.benchmarks.worker`, or of another module that is started and answers as that does."""
 
-    def __init__(self, name: str, setup: Setup, log: Path) -> None:
+    def __init__(
+        self, name: str, setup: Setup | TrainingSetup, log: Path, module: str = "tests.benchmarks.worker"
+    ) -> None:
         self._log = log
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         threads = {"OMP_NUM_THREADS": str(setup.num_threads), "TOKENIZERS_PARALLELISM": "true"}
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.benchmarks.worker", name, json.dumps(asdict(setup))],
+                [sys.executable, "-m", module, name, json.dumps(asdict(setup))],
                 cwd=ROOT,
                 env=os.environ | quiet | threads,
                 stdin=subprocess.PIPE,

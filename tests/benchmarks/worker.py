@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.benchmarks import peers
 from tests.benchmarks.protocol import Configurations, Score, Setup, Work, first_line
 
 Reply = dict[str, Any]
+Answer = Callable[[dict[str, Any]], Reply]
 CEILING = "ceiling"
 KIB = 1024
 
@@ -69,7 +71,7 @@ def timed(score: Score, work: Work) -> float:
     return time.perf_counter() - started
 
 
-def load(name: str, setup: Setup) -> Callable[[dict[str, Any]], Reply]:
+def load(name: str, setup: Setup) -> Answer:
     """What answers the requests of this process."""
     if name in peers.EXPORTS:
         peers.export(name, setup)
@@ -99,7 +101,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * KIB
 
 
-def serve(name: str, setup: Setup) -> None:
+def serve(load: Callable[[], Answer]) -> None:
     """Load, say so, and answer until stdin ends."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -122,8 +124,8 @@ def serve(name: str, setup: Setup) -> None:
         print(json.dumps(reply), file=replies, flush=True)
         return "error" not in reply
 
-    loaded: list[Callable[[dict[str, Any]], Reply]] = []
-    if not say(lambda: loaded.append(load(name, setup)) or {"ready": True}):
+    loaded: list[Answer] = []
+    if not say(lambda: loaded.append(load()) or {"ready": True}):
         return
     while True:
         request = json.loads(requests.get())
@@ -131,4 +133,4 @@ def serve(name: str, setup: Setup) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Setup(**json.loads(sys.argv[2])))
+    serve(partial(load, sys.argv[1], Setup(**json.loads(sys.argv[2]))))
