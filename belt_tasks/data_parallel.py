@@ -21,21 +21,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import joblib
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from belt_tasks import encoder
 from belt_tasks.errors import ConfigError, TransientError
 from belt_tasks.specs import Precision, TrainSpec
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Int64 = npt.NDArray[np.int64]
 
@@ -58,7 +58,7 @@ _one_at_a_time = threading.Lock()
 class Ranks:
     """The processes of one fine-tuning, as one of them sees them."""
 
-    accelerator: Accelerator
+    accelerator: "Accelerator"
 
     @property
     def rank(self) -> int:
@@ -231,6 +231,8 @@ def dismiss(spec: TrainSpec) -> None:
 
 def told(job: dict[str, Any] | None = None) -> dict[str, Any]:
     """What rank 0 tells all to do, nothing if it is empty; the others wait for it."""
+    from accelerate.utils import broadcast_object_list  # noqa: PLC0415 - a quarter of a second of every command
+
     words = [None if job is None else json.dumps(job)]
     broadcast_object_list(words)
     found: dict[str, Any] = json.loads(words[0] or "{}")
@@ -240,6 +242,13 @@ def told(job: dict[str, Any] | None = None) -> dict[str, Any]:
 @contextmanager
 def _accelerated(precision: Precision, device: torch.device, environment: dict[str, str]) -> Iterator[Ranks]:
     """A rank's Accelerator, configured by environment variables, which are as before when the block ends."""
+    from accelerate import (  # noqa: PLC0415 - a quarter of a second of every command
+        Accelerator,
+        DistributedDataParallelKwargs,
+        InitProcessGroupKwargs,
+    )
+    from accelerate.state import AcceleratorState  # noqa: PLC0415
+
     before = {name: os.environ.get(name) for name in environment}
     with _one_at_a_time:
         os.environ.update(environment)

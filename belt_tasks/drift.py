@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from belt_tasks.specs import DriftSpec, Spec
 from belt_tasks.statistics import RunStatistics
@@ -161,6 +160,8 @@ def _measures(now: RunStatistics, reference: RunStatistics, spec: DriftSpec) -> 
 
 
 def _psi(quantity: Quantity, now_B: Counts, then_B: Counts, spec: DriftSpec) -> Measure:
+    from scipy import stats  # noqa: PLC0415 - half a second of every command
+
     filled_B = now_B + then_B > 0
     table = np.stack([now_B, then_B])[:, filled_B]
     p_value = float(stats.chi2_contingency(table, correction=False).pvalue) if table.shape[1] > 1 else 1.0
@@ -170,6 +171,8 @@ def _psi(quantity: Quantity, now_B: Counts, then_B: Counts, spec: DriftSpec) -> 
 
 
 def _ks(quantity: Quantity, now_D: tuple[float, ...], then_D: tuple[float, ...], spec: DriftSpec) -> Measure:
+    from scipy import stats  # noqa: PLC0415 - half a second of every command
+
     found = stats.ks_2samp(now_D, then_D, method="asymp")  # exact is slow, and no better for hundreds of documents
     value, p_value = float(found.statistic), float(found.pvalue)
     passed = value <= spec.max_ks or p_value >= spec.alpha

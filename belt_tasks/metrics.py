@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
-from sklearn.metrics import log_loss, roc_auc_score
 
 from belt_tasks.errors import ConfigError
 from belt_tasks.specs import TaskKind
@@ -86,6 +84,8 @@ def classification_metrics(target_D: ArrayLike, scores_DL: ArrayLike, labels: Se
     Rows that do not sum to one are renormalised for the log loss; AUC and calibration see them as they are.
     AUC is of the positive class for two classes, else the mean of one-vs-rest over the classes that occur.
     """
+    from sklearn.metrics import log_loss  # noqa: PLC0415 - half a second of every command
+
     target_D, scores_DL = _checked_classes(target_D, scores_DL)
     num_documents, num_labels = scores_DL.shape
     confusion_LL = np.zeros((num_labels, num_labels), dtype=np.int64)
@@ -112,6 +112,8 @@ def multilabel_metrics(
     target_DL: ArrayLike, scores_DL: ArrayLike, labels: Sequence[str], threshold: float = 0.5
 ) -> Metrics:
     """Compare each document's labels with a probability of each; one at the threshold is predicted."""
+    from sklearn.metrics import log_loss  # noqa: PLC0415 - half a second of every command
+
     scores_DL = _checked_scores("scores_DL", scores_DL, num_dimensions=2)
     target_DL = _checked_bools("target_DL", target_DL, like=scores_DL)
     decisions = label_decisions(target_DL, scores_DL, threshold)  # also checks the threshold
@@ -133,6 +135,8 @@ def multilabel_metrics(
 
 def regression_metrics(target_D: ArrayLike, predicted_D: ArrayLike) -> Metrics:
     """Compare numbers; R2 and Spearman need a target that varies, Spearman predictions that vary too."""
+    from scipy.stats import rankdata  # noqa: PLC0415 - half a second of every command
+
     target_D = _checked_numbers("target_D", target_D, num_dimensions=1)
     predicted_D = _checked_numbers("predicted_D", predicted_D, num_dimensions=1)
     if predicted_D.shape != target_D.shape:
@@ -210,6 +214,8 @@ def _per_class(labels: Sequence[str], hits_L: Counts, true_L: Counts, predicted_
 
 
 def _auc(is_positive_D: Bools, scores_D: Floats) -> float | None:
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - half a second of every command
+
     both_occur = is_positive_D.any() and not is_positive_D.all()
     return float(roc_auc_score(is_positive_D, scores_D)) if both_occur else None
 

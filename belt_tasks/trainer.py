@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from belt_tasks import calibration, dropout, encoder, gradient, heads, metrics, scoring
+from belt_tasks import calibration, dropout, encoder, gradient, heads, memory, metrics, scoring
 from belt_tasks.batches import MiniBatch, collate
 from belt_tasks.calibration import Calibration
 from belt_tasks.data_parallel import Ranks
@@ -77,7 +77,7 @@ class Trainer:
         """
         mine = self.ranks.share(documents)
         share = len(mine) / len(documents)
-        with self.ranks.accumulating(self.module, is_last=is_last):
+        with memory.large_blocks_go_back(), self.ranks.accumulating(self.module, is_last=is_last):
             loss = self.module(mine, epoch)
             # gradients are averaged over the ranks, but every document counts the same
             self.ranks.backward(loss * (weight * share * self.ranks.size))
