@@ -246,8 +246,16 @@ def test_wrong_parameters_are_refused_by_the_command_line(rehearsal):
         rehearsal.trigger("score/score-on-demand", spec={"device": "tpu"})
 
 
-@pytest.mark.parametrize("victim", ["flow", "worker-gpu", "server", "postgres"])
-@pytest.mark.parametrize("phase", ["scoring", "publishing"])
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    [
+        ("scoring", "flow"),
+        ("scoring", "worker-gpu"),
+        ("scoring", "postgres"),
+        ("publishing", "flow"),
+        ("publishing", "server"),
+    ],
+)
 def test_a_night_ends_with_the_same_table_whatever_is_killed(rehearsal, stores, expected, victim, phase):  # noqa: ARG001
     output = f"s3://belt/{victim}-{phase}"
     run_id = rehearsal.trigger("score/score-on-demand", output_uri=output)
