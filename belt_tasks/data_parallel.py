@@ -1,11 +1,11 @@
 """Data parallelism: one fine-tuning on several devices, each with its share of every batch of documents.
 
 Hugging Face accelerate does what ranks do together: DistributedDataParallel, precision, loss scaling, collectives. It
-was chosen over Lightning Fabric since transformers' users know it, its launcher starts ranks on many machines, and it
+was chosen over Lightning Fabric since transformers' users know it, it works with PyTorch's launcher, and it
 leaves the loop to belt.
 
-On one machine the process that fine-tunes is rank 0, starts the others, and ends them. On several, `accelerate launch`
-starts the same command everywhere: rank 0 does the work of a run, the others wait for what to do (`follow`).
+On one machine the process that fine-tunes is rank 0, starts the others, and ends them. On several, PyTorch's launcher
+(`torchrun`) starts the same command everywhere: rank 0 does the work of a run, the others wait for what to do.
 """
 
 import json
@@ -192,9 +192,9 @@ def alone(device: str, precision: Precision) -> Iterator[Ranks]:
 def joined(rank: int, size: int, spec: TrainSpec, folder: str) -> Iterator[Ranks]:
     """Be one of the ranks that meet in a folder of this machine; nothing is reachable from another."""
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    told |= {"OMP_NUM_THREADS": torch.get_num_threads()}  # or accelerate counts cores that a container may not use
-    environment = {name: str(value) for name, value in told.items()}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    numbers |= {"OMP_NUM_THREADS": torch.get_num_threads()}  # or accelerate counts cores that a container may not use
+    environment = {name: str(value) for name, value in numbers.items()}
     chosen = encoder.choose_device(spec.device)
     if chosen.type == "cuda":
         torch.cuda.set_device(rank)
@@ -211,7 +211,7 @@ def joined(rank: int, size: int, spec: TrainSpec, folder: str) -> Iterator[Ranks
 
 
 def is_launched() -> bool:
-    """Whether a launcher, such as `accelerate launch`, started this process as one of several."""
+    """Whether a launcher, such as `torchrun`, started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from belt_tasks.errors import ConfigError
+
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as int64, whose products wrap
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 _PLACE, _LOW, _HIGH = 0x9E3779B9 - 2**32, 0x21F0AAAD, 0x735A2D97  # as int32
@@ -94,7 +96,10 @@ class _KeyedDropout(TorchFunctionMode):
         enable_gqa: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         if is_causal or enable_gqa:
-            raise NotImplementedError("encoders neither look ahead only nor share keys among heads")
+            raise ConfigError(
+                "this encoder's attention looks one way only, or shares keys among heads, where belt knows no dropout: "
+                "fine-tune it with dropout: 0"
+            )
         scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
         score_BNSS = (query * scale) @ key.transpose(-2, -1)
         if attn_mask is not None:

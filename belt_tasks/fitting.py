@@ -95,9 +95,7 @@ def fit(
             stops being a number.
     """
     training, validation = _split(training_set, spec)
-    trainer = replace_weights(
-        build_trainer(training_set, spec, encoder_source=encoder_source, ranks=ranks), training=training
-    )
+    trainer = _weighed(build_trainer(training_set, spec, encoder_source=encoder_source, ranks=ranks), training)
     _begin_at_the_mean(trainer, training)
     fitting = _Fitting(trainer=trainer, training=training, validation=validation, run=run)
     try:
@@ -128,7 +126,7 @@ def forget(run: RunRef) -> None:
     _states(run).remove()
 
 
-def replace_weights(trainer: Trainer, *, training: Int64) -> Trainer:
+def _weighed(trainer: Trainer, training: Int64) -> Trainer:
     """A trainer that weighs documents and labels as its spec and its training set say.
 
     Raises:

@@ -75,13 +75,13 @@ class _DocumentLoss(torch.autograd.Function):
         chunks: Chunks,
         plan: Sequence[Int64],
         loss_of_outputs: Callable[[Tensor], Tensor],
-        *weights: Tensor,
+        *_weights: Tensor,
     ) -> Tensor:
         outputs_CK = _in_order(plan, [_forward(model, chunks, rows_B) for rows_B in plan]).requires_grad_()
         with torch.enable_grad():
             loss = loss_of_outputs(outputs_CK)
         (ctx.gradient_CK,) = torch.autograd.grad(loss, outputs_CK)
-        ctx.model, ctx.chunks, ctx.num_weights = model, chunks, len(weights)
+        ctx.model, ctx.chunks = model, chunks
         return loss.detach()
 
     @staticmethod

@@ -93,12 +93,14 @@ class Trainer:
             key_D[torch.from_numpy(windows.doc_of_chunk_C)], torch.from_numpy(windows.chunk_index_C)
         ).to(self.device)
 
+        first_token_D = self.training_set.first_token_D[documents]
+
         def of_rows(rows_B: Int64) -> tuple[MiniBatch, Tensor]:
             batch = collate(
                 rows_B,
                 input_ids_T=self.training_set.input_ids_T,
                 windows=windows,
-                first_token_D=self.training_set.first_token_D[documents],
+                first_token_D=first_token_D,
                 special=self.special,
             )
             return batch, key_C[torch.from_numpy(rows_B).to(self.device)]

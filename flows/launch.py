@@ -1,4 +1,4 @@
-"""Launchers: `accelerate launch` starts one command as several processes, of which the first runs the flow."""
+"""Launchers: `torchrun` starts one command as several processes, of which the first runs the flow."""
 
 import os
 
