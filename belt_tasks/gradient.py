@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from belt_tasks import memory
 from belt_tasks.batches import plan_batches
 
 Int64 = npt.NDArray[np.int64]
@@ -111,6 +112,7 @@ class _WithWeights:
 
 
 def _forward(model: Callable[[Any], Tensor], chunks: Chunks, rows_B: Int64) -> Tensor:
+    memory.give_back()  # what the mini-batch before it had, or its gaps would make memory grow with the document
     outputs_BK = model(chunks.inputs(rows_B))
     return outputs_BK.to(torch.promote_types(outputs_BK.dtype, torch.float32))
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from belt_tasks import calibration, dropout, encoder, gradient, heads, memory, metrics, scoring
+from belt_tasks import calibration, dropout, dropout_mask, encoder, gradient, heads, metrics, scoring
 from belt_tasks.batches import MiniBatch, collate
 from belt_tasks.calibration import Calibration
 from belt_tasks.data_parallel import Ranks
@@ -28,7 +28,7 @@ from belt_tasks.windows import Windows, chunk_windows
 
 Int64 = npt.NDArray[np.int64]
 
-BATCH_TOKENS = 8192  # of a forward with a graph, where the spec names none
+BATCH_TOKENS = 16_384  # of a forward with a graph, where the spec names none
 EVALUATION_TOKENS = 4_000_000  # whose chunks are planned together
 MOST_SEED = 2**31
 
@@ -77,7 +77,7 @@ class Trainer:
         """
         mine = self.ranks.share(documents)
         share = len(mine) / len(documents)
-        with memory.large_blocks_go_back(), self.ranks.accumulating(self.module, is_last=is_last):
+        with self.ranks.accumulating(self.module, is_last=is_last):
             loss = self.module(mine, epoch)
             # gradients are averaged over the ranks, but every document counts the same
             self.ranks.backward(loss * (weight * share * self.ranks.size))
@@ -86,10 +86,10 @@ class Trainer:
     def chunks(self, documents: Int64, epoch: int) -> tuple[Windows, Chunks]:
         """Windows of documents in an epoch, and how they become mini-batches."""
         windows = self._epoch_windows(documents, epoch)
-        key_D = dropout.mixed(
+        key_D = dropout_mask.mixed(
             torch.from_numpy(self.training_set.document_seed_D[documents]), self.spec.seed % MOST_SEED, epoch
         )
-        key_C = dropout.mixed(
+        key_C = dropout_mask.mixed(
             key_D[torch.from_numpy(windows.doc_of_chunk_C)], torch.from_numpy(windows.chunk_index_C)
         ).to(self.device)
 

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from belt_tasks import dropout
+from belt_tasks import dropout, dropout_mask
 
 
 @pytest.fixture(params=["compiled", "PyTorch"])
 def implementation(request, monkeypatch):
     if request.param == "PyTorch":
-        monkeypatch.setattr(dropout, "_load_kernel", lambda: None)
+        monkeypatch.setattr(dropout_mask, "_load_kernel", lambda: None)
     else:
-        assert dropout._load_kernel() is not None
+        assert dropout_mask._load_kernel() is not None
     return request.param
 
 
@@ -27,16 +27,16 @@ def keys(number, seed=0):
 @pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 0.9999])
 def test_both_implementations_drop_the_same(monkeypatch, dtype, p):
     values = torch.randn(7, 5, 33, dtype=dtype)
-    compiled = dropout.dropped(values, keys(35), p)
-    monkeypatch.setattr(dropout, "_load_kernel", lambda: None)
+    compiled = dropout_mask.dropped(values, keys(35), p)
+    monkeypatch.setattr(dropout_mask, "_load_kernel", lambda: None)
 
-    assert torch.equal(compiled, dropout.dropped(values, keys(35), p))
+    assert torch.equal(compiled, dropout_mask.dropped(values, keys(35), p))
 
 
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_a_share_p_is_dropped_and_the_rest_scaled(p):
-    found = dropout.dropped(torch.ones(500, 400), keys(500), p)
+    found = dropout_mask.dropped(torch.ones(500, 400), keys(500), p)
 
     share = (found == 0).double().mean().item()
     assert share == pytest.approx(p, abs=5 * (p * (1 - p) / found.numel()) ** 0.5)
@@ -164,6 +164,6 @@ def test_a_gpu_drops_what_a_cpu_does():
     """Its twin on the CPU is `test_both_implementations_drop_the_same`."""
     values = torch.randn(7, 5, 33)
 
-    found = dropout.dropped(values.cuda(), keys(35).cuda(), 0.3)
+    found = dropout_mask.dropped(values.cuda(), keys(35).cuda(), 0.3)
 
-    torch.testing.assert_close(found.cpu(), dropout.dropped(values, keys(35), 0.3))
+    torch.testing.assert_close(found.cpu(), dropout_mask.dropped(values, keys(35), 0.3))
