@@ -95,8 +95,10 @@ class LengthReport(Spec):
     """Of the evaluation that it belongs to."""
     report_uri: str
     """The page."""
-    table_uri: str
+    numbers_uri: str
     """This, as JSON."""
+    table_uri: str
+    """Its rows, as Parquet."""
     head: Head
     metric: Metric
     """The task's main one."""

@@ -2,6 +2,7 @@
 
     OUTPUT/runs/RUN_ID/evaluation/length.html    the page
     OUTPUT/runs/RUN_ID/evaluation/length.json    the numbers
+    OUTPUT/runs/RUN_ID/evaluation/length.parquet ROWS of them: a number of a group of documents each, with its interval
     OUTPUT/length/runs/...                       what the ways scored: each is a run, found again by the next attempt or
                                                  report; none is published, so that no table shows any of it
 
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import evaluation, length_contents, pages, publishing, storage
@@ -29,6 +31,24 @@ from belt_tasks.planning import EvaluationPlan
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.resampling import METRICS
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, LengthSpec, ScoreSpec, Selection, Spec
+
+
+ROWS = pa.schema(
+    [
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("min_tokens", pa.int64(), nullable=False),
+        pa.field("max_tokens", pa.int64()),
+        pa.field("num_documents", pa.int64(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("selection", pa.string(), nullable=False),
+        pa.field("compared_with", pa.string()),
+        pa.field("value", pa.float64()),
+        pa.field("lower", pa.float64()),
+        pa.field("upper", pa.float64()),
+        pa.field("num_tokens_encoded", pa.int64(), nullable=False),
+    ]
+)
+"""Of a report's table: the fields of `LengthRow`."""
 
 
 class Way(Spec):
@@ -150,7 +170,8 @@ def write_length_report(
     report = LengthReport(
         run_id=evaluated.run_id,
         report_uri=storage.join(folder, "length.html"),
-        table_uri=storage.join(folder, "length.json"),
+        numbers_uri=storage.join(folder, "length.json"),
+        table_uri=storage.join(folder, "length.parquet"),
         head=plan.head,
         metric=METRICS[plan.head.task][0],
         num_documents=len(rows_DW),
@@ -174,7 +195,10 @@ def write_length_report(
     )
     contents = length_contents.of_length_report(report, publishing.read_run_manifest(evaluated).run)
     storage.write_bytes(report.report_uri, pages.render("length.html.j2", contents))
-    storage.write_bytes(report.table_uri, (report.model_dump_json(indent=1) + "\n").encode())
+    storage.write_bytes(report.numbers_uri, (report.model_dump_json(indent=1) + "\n").encode())
+    storage.write_parquet(
+        report.table_uri, pa.Table.from_pylist([row.model_dump() for row in report.rows], schema=ROWS)
+    )
     return report
 
 

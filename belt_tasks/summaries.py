@@ -268,7 +268,7 @@ def _length(report: LengthReport) -> list[str]:
         *_table(["read", "tokens encoded", "encoder", "checkpoint fine-tuned with", "checkpoint"], costs),
         "",
         f"- length report: {_link(report.report_uri)}",
-        f"- its numbers: `{report.table_uri}`",
+        f"- its numbers: `{report.table_uri}` (Parquet) and `{report.numbers_uri}`",
     ]
 
 

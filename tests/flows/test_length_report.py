@@ -90,8 +90,10 @@ def test_the_page_says_what_other_means_find(models, documents, tmp_path):
     code, shown, said = belt(*arguments)
 
     assert code == 0, said
-    (table,) = output.glob("runs/*/evaluation/length.json")
-    report = LengthReport.model_validate_json(table.read_bytes())
+    (numbers,) = output.glob("runs/*/evaluation/length.json")
+    report = LengthReport.model_validate_json(numbers.read_bytes())
+    table = pl.read_parquet(numbers.with_suffix(".parquet"))
+    assert table.to_dicts() == [row.model_dump() for row in report.rows]
     right = expected(models, documents)
     num_tokens = score_tables.read_table(str(output), "predictions")["num_tokens"].to_numpy()
     everything = report.group("all")
@@ -122,7 +124,7 @@ def test_the_page_says_what_other_means_find(models, documents, tmp_path):
         f"{upper:+.1f}) and costs {read['all'] / read['head']:.1f} times as much ({read['all']:,} tokens encoded "
         f"against {read['head']:,}"
     )
-    page = table.with_suffix(".html").read_text(encoding="utf-8")
+    page = numbers.with_suffix(".html").read_text(encoding="utf-8")
     assert sentence in shown
     assert sentence.replace("+", "&#43;") in page or sentence in page
     assert "&lt;b&gt;ham&lt;/b&gt;" in page
@@ -146,7 +148,7 @@ def test_the_page_says_what_other_means_find(models, documents, tmp_path):
     # killed before a way was complete, the same command goes on with its finished shards
     (output / "length" / "runs" / report.reading("head").run_id / "manifest.json").unlink()
     assert belt(*arguments)[0] == 0
-    again = LengthReport.model_validate_json(table.read_bytes())
+    again = LengthReport.model_validate_json(numbers.read_bytes())
     assert again == report
     assert {run.name for run in output.glob("length/runs/*")} == runs
 

@@ -61,7 +61,8 @@ def report_of(
     ]  # fmt: skip
     head = head or Head(task="multiclass", labels=("<script>alert(2)</script>", "ham & eggs"))
     values = {
-        "run_id": "0" * 16, "report_uri": "/out/length.html", "table_uri": "/out/length.json", "head": head,
+        "run_id": "0" * 16, "report_uri": "/out/length.html", "numbers_uri": "/out/length.json",
+        "table_uri": "/out/length.parquet", "head": head,
         "metric": metric, "num_documents": 400, "num_left_out": 0, "readings": readings, "groups": groups,
         "rows": rows, "spec": LengthSpec(),
     }  # fmt: skip
