@@ -32,7 +32,6 @@ from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.resampling import METRICS
 from belt_tasks.specs import ChunkSpec, CorpusSpec, Head, LengthSpec, ScoreSpec, Selection, Spec
 
-
 ROWS = pa.schema(
     [
         pa.field("kind", pa.string(), nullable=False),
