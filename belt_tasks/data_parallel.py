@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from belt_tasks import encoder
+from belt_tasks import encoder, launcher
 from belt_tasks.errors import ConfigError, TransientError
 from belt_tasks.specs import Precision, TrainSpec
 
@@ -117,7 +117,7 @@ def check(spec: TrainSpec) -> None:
         raise ConfigError("precision fp16 needs a GPU to fine-tune on; on a CPU it must be fp32 or bf16")
     if spec.num_devices == 1:
         return
-    if is_launched():
+    if launcher.is_launched():
         raise ConfigError(
             f"num_devices is {spec.num_devices}, but a launcher started this process as one of "
             f"{os.environ['WORLD_SIZE']}: leave num_devices at 1"
@@ -147,7 +147,7 @@ def ranks(spec: TrainSpec, job: dict[str, Any]) -> Iterator[Ranks]:
         RuntimeError: a rank failed otherwise; has its last words.
     """
     check(spec)
-    if is_launched():
+    if launcher.is_launched():
         with launched(spec.device, spec.precision) as here:
             told(job | {"storage": None, "tokens": None})
             yield here
@@ -198,21 +198,16 @@ def joined(rank: int, size: int, spec: TrainSpec, folder: str) -> Iterator[Ranks
     chosen = encoder.choose_device(spec.device)
     if chosen.type == "cuda":
         torch.cuda.set_device(rank)
-    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
-    dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
-    )
-    with _accelerated(spec.precision, chosen, environment) as ranks:
-        yield ranks
-
-
-def is_launched() -> bool:
-    """Whether a launcher, such as `torchrun`, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+    with _environment({"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}):
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=size,
+            timeout=PATIENCE,
+        )
+        with _accelerated(spec.precision, chosen, environment) as ranks:
+            yield ranks
 
 
 @contextmanager
@@ -224,7 +219,7 @@ def launched(device: str, precision: Precision) -> Iterator[Ranks]:
 
 def dismiss(spec: TrainSpec) -> None:
     """Tell the ranks that a launcher started, if there are any, that there is nothing to do."""
-    if is_launched():
+    if launcher.is_launched():
         with launched(spec.device, spec.precision):
             told({})
 
@@ -241,7 +236,7 @@ def told(job: dict[str, Any] | None = None) -> dict[str, Any]:
 
 @contextmanager
 def _accelerated(precision: Precision, device: torch.device, environment: dict[str, str]) -> Iterator[Ranks]:
-    """A rank's Accelerator, configured by environment variables, which are as before when the block ends."""
+    """A rank's Accelerator, configured by environment variables."""
     from accelerate import (  # noqa: PLC0415 - a quarter of a second of every command
         Accelerator,
         DistributedDataParallelKwargs,
@@ -249,9 +244,7 @@ def _accelerated(precision: Precision, device: torch.device, environment: dict[s
     )
     from accelerate.state import AcceleratorState  # noqa: PLC0415
 
-    before = {name: os.environ.get(name) for name in environment}
-    with _one_at_a_time:
-        os.environ.update(environment)
+    with _one_at_a_time, _environment(environment):
         try:
             AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - an earlier one of this process
             yield Ranks(
@@ -269,11 +262,21 @@ def _accelerated(precision: Precision, device: torch.device, environment: dict[s
             if dist.is_initialized():
                 dist.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Variables, which are as before when the block ends."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def end_with_parent(pipe: IO[str], folder: str) -> None:

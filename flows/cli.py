@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from belt_tasks import specs
+from belt_tasks import launcher, specs
 from belt_tasks.errors import ConfigError
 from flows import cli_models, cli_runs, launch
 from flows.local_server import local_server
@@ -334,7 +334,7 @@ def fine_tune(
         sections = read_config(config, sections=("corpus", "spec"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         spec = build(specs.TrainSpec, options, sections, section="spec")
-        if launch.is_follower():
+        if launcher.is_follower():
             launch.follow(spec)
             return
         with running():

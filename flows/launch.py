@@ -1,13 +1,6 @@
-"""Launchers: `torchrun` starts one command as several processes, of which the first runs the flow."""
-
-import os
+"""Processes of a launcher: the first runs the flow, the others help it."""
 
 from belt_tasks.specs import TrainSpec
-
-
-def is_follower() -> bool:
-    """Whether a launcher started this process to help another."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def follow(spec: TrainSpec) -> None:
