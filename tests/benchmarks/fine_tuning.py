@@ -29,7 +29,7 @@ from tests.benchmarks.scoring import say
 from tests.benchmarks.training_run import GIB, Documents, Options, Results, run
 from tests.benchmarks.training_ways import WAYS
 
-QUICK = {"rounds": 3, "chunks": "4,16", "tokens": "512,5120,100000"}
+QUICK = {"rounds": 3, "chunks": "4,40", "tokens": "512,5120,100000"}
 FULL = {"rounds": 5, "chunks": "4,16,40", "tokens": "512,5120,51200,100000"}
 NUM_SHORT = 8  # documents of the batch
 
@@ -48,7 +48,7 @@ def main(
     dropout: Annotated[str, typer.Option(help="Dropouts of the encoder.")] = "0.1,0",
     ways: Annotated[str, typer.Option(help=f"Some of {', '.join(WAYS)}.")] = ",".join(WAYS),
     chunk_size: Annotated[int, typer.Option(help="Tokens in a chunk, without special ones.")] = 510,
-    max_batch_tokens: Annotated[int, typer.Option(help="Of a mini-batch: rows times longest row.")] = 4096,
+    max_batch_tokens: Annotated[int, typer.Option(help="Of a mini-batch: rows times longest row.")] = 8192,
     most_gib: Annotated[float, typer.Option(help="Ways and lengths that need more memory are left out.")] = 8.0,
     model: Annotated[Path | None, typer.Option(help="Folder of an encoder; without it, all-MiniLM-L6-v2.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
@@ -91,7 +91,7 @@ def check(
     dropout: str = "0.1,0",
     ways: str = ",".join(WAYS),
     chunk_size: int = 510,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int = 8192,
     most_gib: float = 8.0,
     model: Path | None = None,
     device: str = "cpu",
