@@ -19,6 +19,7 @@ from tests.benchmarks.rounds import PeerError, Worker
 from tests.benchmarks.training_run import GIB, Documents, Measurement, Options, Results, extrapolated
 from tests.benchmarks.training_ways import WAYS
 from tests.benchmarks.training_worker import TrainingWorker
+from tests.conftest import save_tiny_encoder
 
 ROOT = Path(__file__).parents[3]
 ONE_BATCH, LONG, SHORT = Documents(lengths=(40,)), Documents(lengths=(400,)), Documents(lengths=(3, 4))
@@ -254,3 +255,23 @@ def test_a_process_that_needs_too_much_ends_itself(tiny_encoder, tmp_path):
     with pytest.raises(PeerError, match=r"ended with exit code 3: it needs more than 0\.0 GiB"):
         worker.answer() and worker.ask({"wanted": "seconds", "way": "one-pass", "lengths": [3000]})
     worker.close()
+
+
+@pytest.mark.parametrize("way", ["belt-mean", "one-pass"])
+def test_memory_of_a_step_is_that_of_a_mini_batch_however_long_the_document(tmp_path, way):
+    """Measured in processes of their own; one pass shows that it would be seen if it grew."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+    encoder = save_tiny_encoder(tmp_path / "encoder", "bert", **sizes, max_position_embeddings=256)
+    setup = TrainingSetup(
+        encoder=str(encoder), chunk_size=254, max_batch_tokens=4096, device="cpu", num_threads=2, most_bytes=8 * GIB
+    )
+    peaks = []
+    for num_chunks in (16, 160):  # one mini-batch, and ten
+        worker = Worker("0.1", setup, tmp_path / "log.txt", "tests.benchmarks.training_worker")
+        assert worker.answer()["ready"]
+        worker.ask({"wanted": "peak_bytes", "way": way, "lengths": [8]})  # what is made once
+        peaks.append(worker.ask({"wanted": "peak_bytes", "way": way, "lengths": [254 * num_chunks]})["peak_bytes"])
+        worker.close()
+
+    assert peaks[0] > GIB / 16
+    assert (peaks[1] < 1.15 * peaks[0]) == (way == "belt-mean"), peaks
