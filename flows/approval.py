@@ -5,7 +5,7 @@ from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from belt_tasks import summaries
+from belt_tasks import model_summaries
 from belt_tasks.errors import ConfigError
 from belt_tasks.gate import DecisionRecord
 
@@ -37,5 +37,5 @@ def ask(record: DecisionRecord) -> Approval:
     Until there is one, this process ends and the run is suspended; when it is resumed with an answer, the flow begins
     anew, finds all that it did before, and gets here again.
     """
-    question = Approval.with_initial_data(description=summaries.decision_summary(record))
+    question = Approval.with_initial_data(description=model_summaries.decision_summary(record))
     return suspend_flow_run(wait_for_input=question, key=record.id)

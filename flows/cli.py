@@ -277,9 +277,9 @@ def evaluate(
                 head_checkpoint_uri=head_checkpoint,
                 head_tail_checkpoint_uri=head_tail_checkpoint,
             )
-            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            from belt_tasks import model_summaries, summaries  # noqa: PLC0415 - imports torch
 
-    show(summaries.run_summary(manifest, asked_at=asked_at), summaries.evaluation_summary(receipt))
+    show(summaries.run_summary(manifest, asked_at=asked_at), model_summaries.evaluation_summary(receipt))
 
 
 @app.command()
@@ -341,9 +341,9 @@ def fine_tune(
             from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set
 
             manifest, receipt = flow(corpus, encoder, output, columns, spec, storage_block)
-            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            from belt_tasks import model_summaries, summaries  # noqa: PLC0415 - imports torch
 
-    show(summaries.run_summary(manifest, asked_at=asked_at), summaries.fine_tuning_summary(receipt))
+    show(summaries.run_summary(manifest, asked_at=asked_at), model_summaries.fine_tuning_summary(receipt))
 
 
 @app.command()
@@ -392,9 +392,9 @@ def import_belt_nlp(
     """Make a checkpoint of a model that belt-nlp saved; nothing that is pickled in it runs."""
     with user_errors():
         from belt_tasks import import_belt_nlp as importing  # noqa: PLC0415 - imports torch
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+        from belt_tasks import model_summaries  # noqa: PLC0415 - imports torch
 
-        show(summaries.import_summary(importing.import_belt_nlp(folder, output, tuple(label or ()))))
+        show(model_summaries.import_summary(importing.import_belt_nlp(folder, output, tuple(label or ()))))
 
 
 @app.command()
@@ -525,9 +525,9 @@ def promote(
                 who=cli_models.name_of(who),
                 storage_block=storage_block,
             )
-            from belt_tasks import summaries  # noqa: PLC0415 - imports torch
+            from belt_tasks import model_summaries  # noqa: PLC0415 - imports torch
 
-    show(summaries.promotion_summary(done))
+    show(model_summaries.promotion_summary(done))
 
 
 @app.command()

@@ -16,9 +16,9 @@ app = typer.Typer(cls=ListsByDefault, no_args_is_help=True, rich_markup_mode=Non
 def models(registry: Annotated[str, typer.Argument(help="Registry of `belt promote`; any fsspec URL.")]) -> None:
     """List the models of REGISTRY: which is the champion, where each is from, who moved which alias, and why."""
     with user_errors():
-        from belt_tasks import model_store, summaries  # noqa: PLC0415 - imports torch
+        from belt_tasks import model_store, model_summaries  # noqa: PLC0415 - imports torch
 
-        show(summaries.models_summary(model_store.list_models(registry)))
+        show(model_summaries.models_summary(model_store.list_models(registry)))
 
 
 @app.command("rollback")
@@ -30,10 +30,10 @@ def roll_back_model(
 ) -> None:
     """Move the champion back to the checkpoint that it was before, by one entry of the history; twice undoes itself."""
     with user_errors():
+        from belt_tasks import model_summaries  # noqa: PLC0415 - imports torch
         from belt_tasks import registry as models_of  # noqa: PLC0415 - takes a moment
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-        show(summaries.alias_summary(models_of.roll_back(registry, alias, who=name_of(who), why=why)))
+        show(model_summaries.alias_summary(models_of.roll_back(registry, alias, who=name_of(who), why=why)))
 
 
 @app.command("assign")
@@ -46,10 +46,10 @@ def assign_model(
 ) -> None:
     """Move the champion, or another alias, to a checkpoint of REGISTRY, whatever the gate said of it."""
     with user_errors():
+        from belt_tasks import model_summaries  # noqa: PLC0415 - imports torch
         from belt_tasks import registry as models_of  # noqa: PLC0415 - takes a moment
-        from belt_tasks import summaries  # noqa: PLC0415 - imports torch
 
-        show(summaries.alias_summary(models_of.put_alias(registry, alias, digest, who=name_of(who), why=why)))
+        show(model_summaries.alias_summary(models_of.put_alias(registry, alias, digest, who=name_of(who), why=why)))
 
 
 def name_of(given: str | None) -> str:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from prefect import flow
 
-from belt_tasks import summaries
+from belt_tasks import model_summaries, summaries
 from belt_tasks.errors import ConfigError
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.publishing import Manifest, RunRef
@@ -62,6 +62,6 @@ def evaluate(
             receipt = receipt.model_copy(update={"length": found})
         artifacts.show(
             "evaluate-summary",
-            summaries.run_summary(manifest, asked_at=asked_at) + "\n" + summaries.evaluation_summary(receipt),
+            summaries.run_summary(manifest, asked_at=asked_at) + "\n" + model_summaries.evaluation_summary(receipt),
         )
         return manifest, receipt

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from prefect import flow, unmapped
 
-from belt_tasks import summaries
+from belt_tasks import model_summaries, summaries
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.planning import PreparePlan
 from belt_tasks.publishing import Manifest
@@ -65,7 +65,7 @@ def fine_tune(
             trained = tasks.read_fine_tuning_receipt(plan.run)
         artifacts.show(
             "fine-tune-summary",
-            summaries.run_summary(manifest, asked_at=started_at) + "\n" + summaries.fine_tuning_summary(trained),
+            summaries.run_summary(manifest, asked_at=started_at) + "\n" + model_summaries.fine_tuning_summary(trained),
         )
         if trained.curves_uri is not None:
             artifacts.show_picture("learning-curves", "loss and learning rate by step", trained.curves_uri)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from prefect import flow
 from pydantic import Field
 
-from belt_tasks import promotion, summaries
+from belt_tasks import model_summaries, promotion
 from belt_tasks.promotion import Promotion
 from belt_tasks.specs import CorpusSpec, GateSpec, ScoreSpec
 from flows import approval as approvals
@@ -54,7 +54,7 @@ def promote(
             for each in plan.scorings
         ]
         record = tasks.decide_promotion(plan, manifests, corpus_uri, corpus, spec, gate)
-        artifacts.show("promote-decision", summaries.decision_summary(record))
+        artifacts.show("promote-decision", model_summaries.decision_summary(record))
         if approval == "person" and record.decision != "reject":
             answer = approvals.ask(record)
             if not answer.approve:

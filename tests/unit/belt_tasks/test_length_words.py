@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from belt_tasks import length_contents, length_words, pages, summaries
+from belt_tasks import length_contents, length_words, model_summaries, pages
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.length_comparison import LengthGroup, LengthReport, LengthRow, Reading
 from belt_tasks.specs import ChunkSpec, Head, LengthSpec
@@ -212,7 +212,7 @@ def test_the_summary_says_the_same_and_a_table():
         length=report,
     )  # fmt: skip
 
-    lines = summaries.evaluation_summary(receipt).splitlines()
+    lines = model_summaries.evaluation_summary(receipt).splitlines()
 
     for sentence in length_words.answer(report):
         assert sentence in lines

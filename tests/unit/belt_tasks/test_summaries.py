@@ -5,7 +5,7 @@ from urllib.parse import quote
 import pytest
 from markdown_it import MarkdownIt
 
-from belt_tasks import summaries
+from belt_tasks import markdown, model_summaries, summaries
 from belt_tasks.calibration import Calibration
 from belt_tasks.drift import DriftReport, Measure
 from belt_tasks.evaluation import EvaluationReceipt
@@ -276,7 +276,7 @@ def test_fine_tuning_summary(task, metric, validation, cells):
         training_s=10.0,
     )
 
-    lines = summaries.fine_tuning_summary(receipt).splitlines()
+    lines = model_summaries.fine_tuning_summary(receipt).splitlines()
 
     assert lines[0] == f"## fine-tuning: {task} ({', '.join(f'label-{i}' for i in range(10))}, ...)"
     assert f"| epoch | training loss | validation loss | {metric} |" in lines
@@ -313,7 +313,7 @@ def test_a_calibration_is_told(calibration, how):
     )
 
     told = f"- calibrated on them ({how}): expected calibration error 0.110 to 0.020, log loss 0.500 to 0.400"
-    assert told in summaries.fine_tuning_summary(receipt).splitlines()
+    assert told in model_summaries.fine_tuning_summary(receipt).splitlines()
 
 
 def test_evaluation_summary_shows_what_was_measured_and_where_the_rest_is():
@@ -324,7 +324,7 @@ def test_evaluation_summary_shows_what_was_measured_and_where_the_rest_is():
         plot_uris=("/out/reliability.png",),
     )
 
-    assert summaries.evaluation_summary(receipt).splitlines() == [
+    assert model_summaries.evaluation_summary(receipt).splitlines() == [
         "## evaluation: 1,234 documents",
         "",
         "| metric | value |",
@@ -364,7 +364,7 @@ def test_no_label_can_speak_as_the_gate():
         challenger_metrics=numbers,
     )
 
-    told = summaries.decision_summary(record)
+    told = model_summaries.decision_summary(record)
 
     page = MarkdownIt("commonmark", {"html": True}).enable("table").render(told)
     assert re.findall(r"<h\d>.*", page) == ["<h2>reject: 3 held-out documents</h2>"]
@@ -374,4 +374,4 @@ def test_no_label_can_speak_as_the_gate():
 
 
 def test_cells_cannot_break_their_table():
-    assert summaries._table(["a", "b"], [["x\n|y", "1"]]) == ["| a | b |", "| --- | --- |", r"| x \|y | 1 |"]
+    assert markdown.table(["a", "b"], [["x\n|y", "1"]]) == ["| a | b |", "| --- | --- |", r"| x \|y | 1 |"]
