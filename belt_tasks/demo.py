@@ -16,7 +16,7 @@ NUM_PARTS = 2
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Chosen so that the demo ends within minutes on two cores: training reads two chunks of a document at most (scoring
-# reads all of them), and goes without dropout, which halves the speed of attention on a CPU.
+# reads all of them), and goes without dropout, with which an encoder learns less in so few steps.
 DEMO_CORPUS_SPEC = DemoCorpusSpec(documents_per_library=32)
 DEMO_TRAIN_SPEC = TrainSpec(
     chunks=ChunkSpec(maximal_text_length=1020), epochs=2, learning_rate=2e-4, documents_per_batch=4, dropout=0.0

@@ -285,7 +285,7 @@ class TrainSpec(Spec):
     """Gradients are scaled down to this norm; None leaves them."""
 
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
-    """Every dropout of the encoder; None keeps its config's. On a CPU attention dropout halves the speed."""
+    """Every dropout of the encoder; None keeps its config's."""
 
     precision: Precision = "fp32"
     """fp32, or autocast to bf16 or fp16 on a GPU."""
