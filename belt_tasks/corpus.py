@@ -54,13 +54,16 @@ class Documents:
     """source_uri, row_index, doc_id, reason, detail."""
 
 
-def plan_shards(corpus_uri: str, spec: CorpusSpec, *, label_role: LabelRole = "none") -> list[ShardRef]:
+def plan_shards(
+    corpus_uri: str, spec: CorpusSpec, *, label_role: LabelRole = "none", split_choice: str | None = None
+) -> list[ShardRef]:
     """List the shards of a corpus, and check every file's columns before any work starts.
 
     Args:
         corpus_uri: a Parquet file, a directory of them (hive partitions included) or a glob; any fsspec URL.
         spec: names of the columns.
         label_role: how the label column will be read; "none" does not look at it.
+        split_choice: where the split was named, for a message; None is the spec's own place.
 
     Raises:
         ConfigError: nothing is there, no row is, or files are unreadable, lack columns or have them in wrong types;
@@ -78,7 +81,7 @@ def plan_shards(corpus_uri: str, spec: CorpusSpec, *, label_role: LabelRole = "n
     if sum(shard.num_rows for shard in shards) == 0:
         raise ConfigError(f"{corpus_uri}: no rows in its {len(files)} files")
     if spec.split_column is not None and not any(_has_rows(shard, spec) for shard in shards):
-        raise ConfigError(no_rows_of_split(corpus_uri, spec))
+        raise ConfigError(no_rows_of_split(corpus_uri, spec, split_choice))
     return shards
 
 
@@ -88,9 +91,9 @@ def first_problems(problems: list[str]) -> str:
     return "\n".join([*problems[:NUM_PROBLEMS], *more])
 
 
-def no_rows_of_split(corpus_uri: str, spec: CorpusSpec) -> str:
-    """What is wrong with a corpus that has rows, but none of the wanted split."""
-    choice = columns.words_for("--split")
+def no_rows_of_split(corpus_uri: str, spec: CorpusSpec, choice: str | None = None) -> str:
+    """What is wrong with a corpus that has rows, but none of the wanted split; `choice` says where that was named."""
+    choice = choice or columns.words_for("--split")
     return f"{corpus_uri}: no row has {spec.split!r} in column {spec.split_column!r} (choose with {choice})"
 
 

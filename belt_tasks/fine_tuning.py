@@ -10,10 +10,11 @@ from belt_tasks import data_parallel, fitting, learning_curves, object_stores, p
 from belt_tasks.calibration import Calibration
 from belt_tasks.checkpoint import CARD_NAME, CheckpointCard, save_checkpoint
 from belt_tasks.data_parallel import Ranks
+from belt_tasks.errors import ConfigError
 from belt_tasks.fitting import Epoch, Fitted
 from belt_tasks.planning import TrainPlan
 from belt_tasks.publishing import Manifest, RunRef
-from belt_tasks.receipts import ShardReceipt
+from belt_tasks.receipts import ShardReceipt, total
 from belt_tasks.specs import Spec, TaskKind, TrainSpec
 from belt_tasks.stored import read_json
 from belt_tasks.training_set import TrainingSet, load_training_set, tokens_uris
@@ -31,6 +32,8 @@ class FineTuningReceipt(Spec):
     epochs: tuple[Epoch, ...]
     best_epoch: int
     """The one that was kept: the best on the documents held out; the last without any."""
+    patience: int | None = None
+    """Epochs without a better one, after which training ended; None where it went on to its last."""
     calibration: Calibration | None = None
     """Of the one that was kept; None where probabilities are left as they are."""
     metrics: dict[str, Any] = Field(default_factory=dict)
@@ -102,6 +105,7 @@ def fine_tune(
         num_validation_documents=fitted.num_validation_documents,
         epochs=tuple(fitted.epochs),
         best_epoch=fitted.best + 1,
+        patience=spec.early_stopping_patience if len(fitted.epochs) < spec.epochs else None,
         calibration=card.calibration,
         metrics=card.metrics,
         lonely_labels=fitted.lonely_labels,
@@ -123,6 +127,13 @@ def load(
 ) -> Iterator[tuple[TrainingSet, str | None]]:
     """The training set of a run's prepared shards; see `load_training_set`."""
     output_uri = plan.run.output_uri
+    counts = total(receipts)
+    if counts.num_documents == 0:
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.rejected_by_reason.items()))
+        raise ConfigError(
+            f"no document is left to train on: all {counts.num_rejected:,} rows were rejected ({reasons}); they are "
+            f"listed in {storage.join(plan.prepare.run.uri, 'rejected')}"
+        )
     with load_training_set(
         tokens_uris(output_uri, receipts),
         task=plan.task,

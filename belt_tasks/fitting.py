@@ -270,24 +270,22 @@ class _Fitting:
 
     def _is_best(self) -> bool:
         """Whether the last epoch is; without documents held out it is."""
-        last, before = self._merit(len(self.epochs) - 1), self._merit(self.best)
-        return len(self.epochs) == 1 or last is None or (before is not None and last > before)
+        last, best = self._merit(len(self.epochs) - 1), self._merit(self.best)
+        return len(self.epochs) == 1 or last is None or (best is not None and last > best)
 
     def _is_over(self) -> bool:
         """Whether patience is at its end."""
         patience = self.trainer.spec.early_stopping_patience
         return patience is not None and len(self.epochs) - 1 - self.best >= patience
 
-    def _merit(self, position: int) -> float | None:
-        """How good an epoch is, more is better; None without documents held out."""
+    def _merit(self, position: int) -> tuple[float, ...] | None:
+        """How good an epoch is, more is better; the loss decides between equals. None without documents held out."""
         validation = self.epochs[position].validation
         if validation is None:
             return None
-        name = self.trainer.spec.metric_for_best_model or "loss"
-        value = validation[name]
-        if value is None or math.isnan(value):
-            return -math.inf
-        return float(-value if name == "loss" or name in resampling.LOWER_IS_BETTER else value)
+        return tuple(
+            _gain(name, validation[name]) for name in (self.trainer.spec.metric_for_best_model or "loss", "loss")
+        )
 
     def _after_step(self, step: StepEnd) -> None:
         self._log.add(
@@ -326,6 +324,13 @@ class _Fitting:
         }
         self._states.save(TrainingState(num_steps=self._loop.num_steps, tensors=tensors, told=told))
         self._saved_at = time.monotonic()
+
+
+def _gain(name: str, value: float | None) -> float:
+    """A metric as what is better the more it is; no number is the worst."""
+    if value is None or math.isnan(value):
+        return -math.inf
+    return float(-value if name == "loss" or name in resampling.LOWER_IS_BETTER else value)
 
 
 def _plain(measured: dict[str, Any] | None) -> dict[str, float] | None:

@@ -35,6 +35,7 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
             *markdown.table(["epoch", "training loss", "validation loss", METRICS[receipt.task][0]], rows),
             "",
             f"- trained on {receipt.num_training_documents:,} documents, {receipt.num_validation_documents:,} held out",
+            *_stopped(receipt),
             *_calibration(receipt),
             *_lonely(receipt),
             f"- {receipt.num_chunks:,} chunks",
@@ -77,6 +78,13 @@ def _taken_up(receipt: FineTuningReceipt) -> list[str]:
     if receipt.resumed_from_step is None:
         return []
     return [f"- an earlier attempt had ended; this one went on after its step {receipt.resumed_from_step:,}"]
+
+
+def _stopped(receipt: FineTuningReceipt) -> list[str]:
+    if receipt.patience is None:
+        return []
+    epochs = f"{receipt.patience:,} epoch{'' if receipt.patience == 1 else 's'}"
+    return [f"- stopped early: {epochs} without a better one than epoch {receipt.best_epoch}"]
 
 
 def _lonely(receipt: FineTuningReceipt) -> list[str]:

@@ -307,8 +307,10 @@ class _Regressor(_Model):
             target = np.array(list(y_train), dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"y_train must hold numbers: {error}") from error
-        if target.ndim != 1 or not np.isfinite(target).all():
-            raise ConfigError("y_train must hold finite numbers, one for each text")
+        if target.ndim != 1:
+            raise ConfigError(f"y_train must hold one number for each text, got {target.ndim} dimensions")
+        if len(wrong := np.flatnonzero(~np.isfinite(target))):
+            raise ConfigError(f"y_train must hold finite numbers, got {target[wrong[0]]} at position {wrong[0]}")
         self._fit(x_train, target, epochs)
 
     def predict(self, x: Sequence[str], batch_size: int | None = None) -> NDArray[np.float64]:

@@ -103,7 +103,12 @@ def plan_fine_tuning(
     label_role: LabelRole = training_set.LABEL_ROLES[task] if task else "label"
     shards = corpora.plan_shards(corpus_uri, corpus, label_role=label_role)
     if spec.validation_split is not None:
-        corpora.plan_shards(corpus_uri, _validation_corpus(corpus, spec), label_role=label_role)
+        corpora.plan_shards(
+            corpus_uri,
+            _validation_corpus(corpus, spec),
+            label_role=label_role,
+            split_choice="--validation-split, or validation_split of spec",
+        )
     device = encoder.choose_device(spec.device)
     data_parallel.check(spec)
     encoder_source = _absolute_source(encoder_source)

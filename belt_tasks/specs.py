@@ -288,7 +288,7 @@ class TrainSpec(Spec):
     """Every dropout of the encoder; None keeps its config's."""
 
     precision: Precision = "fp32"
-    """fp32, or autocast to bf16 or fp16 on a GPU."""
+    """fp32, or autocast to bf16; on a GPU also to fp16."""
 
     label_weights: Annotated[Literal["balanced"] | dict[str, float] | None, BeforeValidator(_label_weights)] = None
     """How much documents count by their label: balanced makes rare labels count as much as common ones; or weights by

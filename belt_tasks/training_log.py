@@ -82,7 +82,9 @@ def mlflow_tracker(run_name: str, parameters: Mapping[str, Any], run_id: str | N
     if not uri:
         return None
     if find_spec("mlflow") is None:
-        raise ConfigError("MLFLOW_TRACKING_URI is set, but mlflow is not installed: pip install 'belt[mlflow]'")
+        raise ConfigError(
+            "MLFLOW_TRACKING_URI is set, but mlflow is not installed: install belt's extra mlflow, or unset it"
+        )
     for name, value in TIMES.items():
         os.environ.setdefault(name, value)
     try:

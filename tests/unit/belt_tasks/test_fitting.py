@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import fine_tuning, fitting, heads, storage, trainer, training_log
 from belt_tasks.errors import ConfigError
+from belt_tasks.model_summaries import fine_tuning_summary
 from belt_tasks.scoring import score_texts
 from belt_tasks.specs import BatchSpec, ChunkSpec, CorpusSpec, Head, ScoreSpec, TrainSpec
 from belt_tasks.training_set import TrainingSet, label_weights
@@ -61,8 +62,9 @@ def fit_with(monkeypatch, write_corpus, encoder, output, values, **changes):
         ([{"loss": 0.5}, {"loss": 0.4}, {"loss": 0.6}, {"loss": 0.3}], {}, 4, 4),
         ([{"loss": 0.5}, {"loss": 0.4}, {"loss": 0.6}, {"loss": 0.3}], {"early_stopping_patience": 1}, 3, 2),
         ([{"loss": 0.5}, {"loss": 0.6}, {"loss": 0.4}, {"loss": 0.7}], {"early_stopping_patience": 2}, 4, 3),
-        ([{"auc": 0.5}, {"auc": 0.9}, {"auc": None}, {"auc": 0.9}], {"metric_for_best_model": "auc"}, 4, 2),
+        ([{"auc": auc, "loss": 0.5} for auc in (0.5, 0.9, None, 0.9)], {"metric_for_best_model": "auc"}, 4, 2),
         ([{"log_loss": 0.5}, {"log_loss": 0.9}], {"metric_for_best_model": "log_loss"}, 2, 1),
+        ([{"auc": 0.5, "loss": 0.9}, {"auc": 0.5, "loss": 0.7}], {"metric_for_best_model": "auc"}, 2, 2),
         ([{"loss": float("nan")}, {"loss": 2.0}], {}, 2, 2),
     ],
 )
@@ -72,6 +74,8 @@ def test_the_best_epoch_is_kept_and_patience_ends(
     receipt = fit_with(monkeypatch, write_corpus, tiny_encoder, tmp_path, values, **changes)
 
     assert (len(receipt.epochs), receipt.best_epoch) == (num_epochs, best)
+    told = f"stopped early: {receipt.patience} epoch without a better one than epoch {best}"
+    assert (told in fine_tuning_summary(receipt)) == (num_epochs < len(values))
 
 
 def test_patience_outlasts_a_crash(monkeypatch, write_corpus, tiny_encoder, tmp_path):
@@ -189,6 +193,26 @@ def test_a_label_of_one_document_is_trained_on_and_told_of(write_corpus, tiny_en
     assert receipt.lonely_labels == tuple(f"rare-{i}" for i in range(8))
     assert receipt.num_training_documents + receipt.num_validation_documents == 40
     assert receipt.num_validation_documents > 8
+
+
+def test_a_corpus_whose_rows_are_all_rejected_says_why(write_corpus, tiny_encoder, tmp_path):
+    rows = ROWS.with_columns(label=pl.lit(float("nan")))
+
+    with pytest.raises(
+        ConfigError, match=r"left to train on: all \d+ rows were rejected \(target_not_finite \d+\)"
+    ) as it:
+        fine_tuned(write_corpus(rows, name="broken"), tiny_encoder, tmp_path, SPEC)
+
+    where = Path(str(it.value).rpartition(" listed in ")[2])
+    assert sum(len(pl.read_parquet(file)) for file in where.glob("*.parquet")) == len(ROWS)
+
+
+def test_a_validation_split_without_rows_is_named(write_corpus, tiny_encoder, tmp_path):
+    corpus = write_corpus(ROWS.with_columns(part=pl.lit("train")), name="split")
+    spec = SPEC.model_copy(update={"validation_split": "dev"})
+
+    with pytest.raises(ConfigError, match=r"no row has 'dev' in column 'part' .choose with --validation-split, or"):
+        fine_tuned(corpus, tiny_encoder, tmp_path, spec, CorpusSpec(split_column="part", split="train"))
 
 
 # weights
@@ -370,7 +394,7 @@ def test_mlflow_that_is_configured_but_not_installed_is_told(monkeypatch, write_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(training_log, "find_spec", lambda _: None)
 
-    with pytest.raises(ConfigError, match=r"mlflow is not installed: pip install 'belt\[mlflow\]'"):
+    with pytest.raises(ConfigError, match="mlflow is not installed: install belt's extra mlflow, or unset"):
         fine_tuned(write_corpus(ROWS, name="labelled"), tiny_encoder, tmp_path, SPEC)
 
 
