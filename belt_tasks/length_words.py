@@ -57,10 +57,20 @@ def caveats(report: LengthReport) -> list[str]:
             "biased against a selection that the checkpoint was not trained with: for a fair one fine-tune a "
             "checkpoint with each selection, and name them by --head-checkpoint and --head-tail-checkpoint."
         )
+    if report.group("longer").num_documents and all(_is_alike(report, other) for other in ("head", "head_tail")):
+        said.append(
+            "On every document each way is as right as the others. So is a model that says the same of every document, "
+            "whatever it reads: see whether the evaluation's metrics are better than those of a guess."
+        )
     devices = {(reading.device, reading.precision) for reading in report.readings}
     if len(devices) > 1:
         said.append("The ways were not scored on the same device in the same precision: their seconds do not compare.")
     return said
+
+
+def _is_alike(report: LengthReport, other: Selection) -> bool:
+    row = report.row(report.group("all"), "all", other)
+    return row.value == row.lower == row.upper == 0.0
 
 
 def trained_with(reading: Reading) -> str:

@@ -159,6 +159,18 @@ def test_what_speaks_against_the_comparison():
     assert "not scored on the same device" in other
 
 
+@pytest.mark.parametrize("alike", [(), ("head",), ("head", "head_tail")])
+def test_ways_that_are_alike_on_every_document_may_be_those_of_a_model_that_guesses(alike):
+    report = report_of()
+    zero = {"value": 0.0, "lower": 0.0, "upper": 0.0}
+    rows = [row.model_copy(update=zero) if row.compared_with in alike else row for row in report.rows]
+
+    said = length_words.caveats(report.model_copy(update={"rows": tuple(rows)}))
+
+    assert len(said) == len(alike) // 2
+    assert all("So is a model that says the same of every document" in sentence for sentence in said)
+
+
 def test_what_a_checkpoint_was_trained_with():
     reading = report_of().readings[0]
     assert length_words.trained_with(reading) == "selection head"
