@@ -1,6 +1,6 @@
 """Summaries of models: what a fine-tuning, an evaluation or a decision did, as Markdown for people."""
 
-from belt_tasks import length_words, markdown, metrics
+from belt_tasks import calibration, length_words, markdown, metrics
 from belt_tasks.evaluation import EvaluationReceipt
 from belt_tasks.fine_tuning import FineTuningReceipt
 from belt_tasks.gate import DecisionRecord
@@ -13,6 +13,7 @@ from belt_tasks.resampling import METRICS
 from belt_tasks.specs import ChunkSpec
 
 NUM_LABELS = 10  # named
+NEARLY = 1.01  # as a search ends
 MEASURED_BY = {"ece": "expected calibration error", "log_loss": "log loss"}
 
 
@@ -102,7 +103,12 @@ def _calibration(receipt: FineTuningReceipt) -> list[str]:
     slopes = receipt.calibration.slope
     how = f"temperature {1 / slopes[0]:.2f}" if len(slopes) == 1 else "slope and offset of each label"
     changes = (f"{words} {before[name]:.3f} to {after[name]:.3f}" for name, words in MEASURED_BY.items())
-    return [f"- calibrated on them ({how}): {', '.join(changes)}"]
+    least, most = calibration.SLOPES
+    is_at_limit = min(slopes) < NEARLY * least or max(slopes) > most / NEARLY
+    limits = (
+        f"; a slope is at the end of {least:g} to {most:g}, and one beyond would fit them better" if is_at_limit else ""
+    )
+    return [f"- calibrated on them ({how}): {', '.join(changes)}{limits}"]
 
 
 def evaluation_summary(receipt: EvaluationReceipt) -> str:

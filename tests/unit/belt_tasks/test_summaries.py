@@ -288,13 +288,18 @@ def test_fine_tuning_summary(task, metric, validation, cells):
 
 
 @pytest.mark.parametrize(
-    ("calibration", "how"),
+    ("calibration", "how", "limits"),
     [
-        (Calibration(slope=(0.5,)), "temperature 2.00"),
-        (Calibration(slope=(0.5, 1.0), offset=(0.0, 1.0)), "slope and offset of each label"),
+        (Calibration(slope=(0.5,)), "temperature 2.00", ""),
+        (Calibration(slope=(0.5, 1.0), offset=(0.0, 1.0)), "slope and offset of each label", ""),
+        (
+            Calibration(slope=(0.5, 19.99), offset=(0.0, 1.0)),
+            "slope and offset of each label",
+            "; a slope is at the end of 0.05 to 20, and one beyond would fit them better",
+        ),
     ],
 )
-def test_a_calibration_is_told(calibration, how):
+def test_a_calibration_is_told(calibration, how, limits):
     receipt = FineTuningReceipt(
         checkpoint_uri="/out/checkpoint",
         checkpoint_digest="0" * 64,
@@ -313,6 +318,7 @@ def test_a_calibration_is_told(calibration, how):
     )
 
     told = f"- calibrated on them ({how}): expected calibration error 0.110 to 0.020, log loss 0.500 to 0.400"
+    told += limits
     assert told in model_summaries.fine_tuning_summary(receipt).splitlines()
 
 
