@@ -27,7 +27,7 @@ from belt_tasks.specs import Spec, TrainSpec
 from belt_tasks.trainer import Trainer, build_trainer
 from belt_tasks.training_log import TrainingLog, mlflow_tracker
 from belt_tasks.training_loop import DivergedError, StepEnd, TrainingLoop
-from belt_tasks.training_set import TrainingSet, label_weights, lonely_labels
+from belt_tasks.training_set import TrainingSet, check_task, label_weights, lonely_labels
 from belt_tasks.training_state import TrainingState, TrainingStates
 
 Int64 = npt.NDArray[np.int64]
@@ -163,12 +163,7 @@ def _split(training_set: TrainingSet, spec: TrainSpec) -> tuple[Int64, Int64]:
             f"no document is left to train on: validation_fraction {spec.validation_fraction} holds out "
             f"all {len(validation)}"
         )
-    allowed = resampling.METRICS[training_set.head.task]
-    if spec.metric_for_best_model not in (None, *allowed):
-        raise ConfigError(
-            f"metric_for_best_model of a {training_set.head.task} task must be one of {', '.join(allowed)}, "
-            f"got {spec.metric_for_best_model!r}"
-        )
+    check_task(training_set.head.task, spec)
     if len(validation) == 0 and (spec.early_stopping_patience is not None or spec.metric_for_best_model is not None):
         raise ConfigError(
             "early_stopping_patience and metric_for_best_model need documents held out, but there are none: "

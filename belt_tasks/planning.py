@@ -100,6 +100,7 @@ def plan_fine_tuning(
     """
     check_apart(corpus_uri, output_uri)
     task = training_set.infer_task(corpora.label_column_type(corpus_uri, corpus), spec.task)
+    training_set.check_task(task, spec)
     label_role: LabelRole = training_set.LABEL_ROLES[task] if task else "label"
     shards = corpora.plan_shards(corpus_uri, corpus, label_role=label_role)
     if spec.validation_split is not None:

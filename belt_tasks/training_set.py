@@ -18,7 +18,8 @@ from belt_tasks.corpus import LabelRole, ShardRef
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef, ShardWriter
 from belt_tasks.receipts import Counts, ShardReceipt, Stopwatch
-from belt_tasks.specs import CorpusSpec, Head, TaskKind
+from belt_tasks.resampling import METRICS
+from belt_tasks.specs import CorpusSpec, Head, TaskKind, TrainSpec
 from belt_tasks.token_buffer import map_file, mapped_tokens
 from belt_tasks.tokens import load_tokenizer
 
@@ -99,13 +100,11 @@ def label_weights(
             those that carry a label the same as those that do not; or weights by name, 1 for those not named.
 
     Raises:
-        ConfigError: a name is no label, or the task is a regression.
+        ConfigError: a name is no label.
     """
     head = training_set.head
     if wanted is None:
         return None
-    if head.task == "regression":
-        raise ConfigError("label_weights: a regression has no labels to weigh; leave it out")
     if wanted != "balanced":
         unknown = sorted(set(wanted) - set(head.labels))
         if unknown:
@@ -120,6 +119,27 @@ def label_weights(
         return np.asarray((len(target) - num_with_L).clip(1) / num_with_L, dtype=np.float64)
     num_L = np.maximum(np.bincount(target, minlength=len(head.labels)), 1)
     return np.asarray(len(target) / (len(head.labels) * num_L), dtype=np.float64)
+
+
+def check_task(task: TaskKind | None, spec: TrainSpec) -> None:
+    """See that what a spec asks for is something that a task has.
+
+    Args:
+        task: None where the labels will decide between binary and multiclass.
+        spec: how to fine-tune.
+
+    Raises:
+        ConfigError: the metric is another task's, or there are no labels to weigh.
+    """
+    tasks: tuple[TaskKind, ...] = ("binary", "multiclass") if task is None else (task,)
+    allowed = dict.fromkeys(metric for each in tasks for metric in METRICS[each])
+    if spec.metric_for_best_model not in (None, *allowed):
+        raise ConfigError(
+            f"metric_for_best_model of a {' or '.join(tasks)} task must be one of {', '.join(allowed)}, "
+            f"got {spec.metric_for_best_model!r}"
+        )
+    if task == "regression" and spec.label_weights is not None:
+        raise ConfigError("label_weights: a regression has no labels to weigh; leave it out")
 
 
 def infer_task(column: pa.DataType, wanted: TaskKind | None) -> TaskKind | None:

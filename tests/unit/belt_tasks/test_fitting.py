@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from belt_tasks import checkpoint as checkpoints
-from belt_tasks import fine_tuning, fitting, heads, storage, trainer, training_log
+from belt_tasks import fine_tuning, fitting, heads, planning, storage, trainer, training_log
 from belt_tasks.errors import ConfigError
 from belt_tasks.model_summaries import fine_tuning_summary
 from belt_tasks.scoring import score_texts
@@ -103,7 +103,7 @@ def test_patience_outlasts_a_crash(monkeypatch, write_corpus, tiny_encoder, tmp_
     [
         (
             {"metric_for_best_model": "mse"},
-            "metric_for_best_model of a binary task must be one of accuracy, macro_f1, auc, log_loss, got 'mse'",
+            "metric_for_best_model of a binary or multiclass task must be one of .*, got 'mse'",
         ),
         (
             {"validation_fraction": 0.0, "early_stopping_patience": 2},
@@ -116,6 +116,36 @@ def test_patience_outlasts_a_crash(monkeypatch, write_corpus, tiny_encoder, tmp_
 def test_what_does_not_fit_is_refused_in_words(write_corpus, tiny_encoder, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         fine_tuned(write_corpus(ROWS, name="labelled"), tiny_encoder, tmp_path, SPEC.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("column", "changes", "message"),
+    [
+        (pl.lit(0.5), {"label_weights": "balanced"}, "label_weights: a regression has no labels to weigh"),
+        (pl.lit(0.5), {"metric_for_best_model": "auc"}, "of a regression task must be one of mse, .*, got 'auc'"),
+        (
+            pl.lit(["fox"]),
+            {"metric_for_best_model": "mse"},
+            "of a multilabel task must be one of micro_f1, .*, got 'mse'",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_label_column_is_refused_before_work_starts(
+    write_corpus, tiny_encoder, tmp_path, column, changes, message
+):
+    corpus = write_corpus(ROWS.with_columns(label=column), name="labelled")
+
+    with pytest.raises(ConfigError, match=message):
+        planning.plan_fine_tuning(
+            corpus, str(tiny_encoder), str(tmp_path), CorpusSpec(), SPEC.model_copy(update=changes)
+        )
+
+
+def test_what_does_not_fit_the_task_is_refused_without_a_plan_too(write_corpus, tiny_encoder, tmp_path):
+    plan, receipts = prepared(write_corpus(ROWS, name="labelled"), tiny_encoder, tmp_path, SPEC)
+
+    with pytest.raises(ConfigError, match=r"metric_for_best_model of a binary task must be one of .*, got 'mse'"):
+        fine_tuning.fine_tune_prepared(plan, receipts, SPEC.model_copy(update={"metric_for_best_model": "mse"}))
 
 
 # divergence
@@ -252,8 +282,6 @@ def test_weights_by_name_are_one_where_a_label_is_not_named():
     found_L = label_weights(make_set("binary", np.array([0, 1]), ("a", "b")), np.arange(2), {"b": 3.0})
 
     assert found_L.tolist() == [1.0, 3.0]
-    with pytest.raises(ConfigError, match="a regression has no labels to weigh"):
-        label_weights(make_set("regression", np.array([0.5]), ("y",)), np.arange(1), "balanced")
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
