@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from belt_tasks import dropout, dropout_mask
+from belt_tasks import dropout, dropout_mask, encoder
+from belt_tasks.encoder import ChunkModel
+from belt_tasks.specs import PoolingSpec
 
 
 @pytest.fixture(params=["compiled", "PyTorch"])
@@ -147,6 +149,36 @@ def test_what_all_chunks_share_drops_the_same_in_every_mini_batch():
 
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_model_drops_as_with_pytorchs_own(tiny_encoder):
+    """Over 4,000 draws the mean and the spread of every output, and its gradient's, are alike: at most 5 errors."""
+    torch.manual_seed(0)
+    body = encoder.load_body(str(tiny_encoder), dropout=0.2)
+    model = ChunkModel(body, num_logits=3, pooling=PoolingSpec()).train()
+    number = 4000
+    ids_BT = torch.randint(5, body.config.vocab_size, (1, 12)).expand(number, 12)
+    mask_BT = torch.ones_like(ids_BT)
+
+    def drawn():
+        embedded = []
+        hook = body.embeddings.register_forward_hook(
+            lambda _, __, output: output.retain_grad() or embedded.append(output)
+        )
+        output_BL = model(ids_BT, mask_BT)
+        hook.remove()
+        output_BL[:, 0].sum().backward()
+        return torch.cat([output_BL.detach(), embedded[0].grad[:, 0]], dim=1).double()
+
+    own = drawn()
+    with dropout.keyed(keys(number)):
+        keyed = drawn()
+
+    error = ((own.var(dim=0) + keyed.var(dim=0)) / number) ** 0.5
+    assert ((own.mean(dim=0) - keyed.mean(dim=0)).abs() < 5 * error).all()
+    squares = [(each - each.mean(dim=0)) ** 2 for each in (own, keyed)]
+    error = ((squares[0].var(dim=0) + squares[1].var(dim=0)) / number) ** 0.5
+    assert ((squares[0].mean(dim=0) - squares[1].mean(dim=0)).abs() < 5 * error).all()
 
 
 def test_in_eval_mode_and_outside_of_the_block_nothing_is_replaced():
