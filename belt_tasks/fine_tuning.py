@@ -14,7 +14,7 @@ from belt_tasks.errors import ConfigError
 from belt_tasks.fitting import Epoch, Fitted
 from belt_tasks.planning import TrainPlan
 from belt_tasks.publishing import Manifest, RunRef
-from belt_tasks.receipts import ShardReceipt, total
+from belt_tasks.receipts import ShardReceipt, in_words, total
 from belt_tasks.specs import Spec, TaskKind, TrainSpec
 from belt_tasks.stored import read_json
 from belt_tasks.training_set import TrainingSet, load_training_set, tokens_uris
@@ -125,14 +125,18 @@ def load(
     *,
     tokens_path: str | None = None,
 ) -> Iterator[tuple[TrainingSet, str | None]]:
-    """The training set of a run's prepared shards; see `load_training_set`."""
+    """The training set of a run's prepared shards; see `load_training_set`.
+
+    Raises:
+        ConfigError: all rows were rejected, or the labels do not make a task.
+    """
     output_uri = plan.run.output_uri
     counts = total(receipts)
     if counts.num_documents == 0:
-        reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.rejected_by_reason.items()))
+        where = storage.join(plan.prepare.run.uri, "rejected")
         raise ConfigError(
-            f"no document is left to train on: all {counts.num_rejected:,} rows were rejected ({reasons}); they are "
-            f"listed in {storage.join(plan.prepare.run.uri, 'rejected')}"
+            f"no document is left to train on: all {counts.num_rejected:,} rows were rejected "
+            f"({in_words(counts.rejected_by_reason)}); they are listed in {where}"
         )
     with load_training_set(
         tokens_uris(output_uri, receipts),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from urllib.parse import quote
 
 from belt_tasks import pages
+from belt_tasks.receipts import in_words
 
 MOST_CHARACTERS = 80  # of a label
 
@@ -27,8 +28,7 @@ def label(name: str) -> str:
 
 def rejected(count: int, by_reason: dict[str, int]) -> str:
     """How many rows were put aside, and why."""
-    reasons = ", ".join(f"{reason} {num:,}" for reason, num in sorted(by_reason.items()))
-    return f"{count:,} ({reasons})" if count else "0"
+    return f"{count:,} ({in_words(by_reason)})" if count else "0"
 
 
 def seconds(duration: float) -> str:

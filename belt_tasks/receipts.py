@@ -1,7 +1,7 @@
 """Receipts: what happened to a shard. Small enough to cross any process boundary; the tables stay in storage."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Self
 
@@ -86,6 +86,11 @@ class ShardReceipt(Spec):
     def files_of(self, table: str) -> list[FileReceipt]:
         """The files of one table."""
         return [file for file in self.files if file.table == table]
+
+
+def in_words(rejected_by_reason: Mapping[str, int]) -> str:
+    """Reasons, and how many rows were put aside for each."""
+    return ", ".join(f"{reason} {number:,}" for reason, number in sorted(rejected_by_reason.items()))
 
 
 def total(receipts: Iterable[ShardReceipt]) -> Counts:

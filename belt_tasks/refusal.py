@@ -7,7 +7,7 @@ from importlib.metadata import version
 from belt_tasks import examples, pages, report_contents, storage
 from belt_tasks.errors import RejectedError
 from belt_tasks.publishing import RunRef
-from belt_tasks.receipts import Counts, ShardReceipt, total
+from belt_tasks.receipts import Counts, ShardReceipt, in_words, total
 
 
 def check_rejected_share(run: RunRef, receipts: Sequence[ShardReceipt], *, num_rows: int, limit: float) -> None:
@@ -51,10 +51,9 @@ def refusal(run: RunRef, counts: Counts, *, num_rows: int, limit: float) -> str 
 def _too_many(counts: Counts, *, num_rows: int, limit: float) -> str | None:
     if counts.num_rejected <= limit * num_rows:
         return None
-    reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(counts.rejected_by_reason.items()))
     return (
         f"{counts.num_rejected:,} of {num_rows:,} rows ({counts.num_rejected / num_rows:.1%}) were rejected, more than "
-        f"max_rejected_share allows ({limit:.1%}): {reasons}; nothing was published"
+        f"max_rejected_share allows ({limit:.1%}): {in_words(counts.rejected_by_reason)}; nothing was published"
     )
 
 

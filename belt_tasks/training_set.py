@@ -229,7 +229,7 @@ def load_training_set(
     """Read tokens tables into one training set, whose tokens are mapped, and learn the labels from them.
 
     Args:
-        uris: tokens tables.
+        uris: tokens tables, with one document or more.
         task: None lets the number of classes decide between binary and multiclass.
         target_name: the name of a regression's target.
         label_role: how the label column was read.
@@ -240,7 +240,7 @@ def load_training_set(
         The training set, which lasts as long as the block, and where other processes find its tokens.
 
     Raises:
-        ConfigError: there is no document, or the labels do not make a task.
+        ConfigError: the labels do not make a task.
     """
     frames = [
         _documents(uri).with_columns(is_validation=pl.lit(is_validation))
@@ -251,8 +251,6 @@ def load_training_set(
     frame = frame.with_columns(first_token=pl.col("num_tokens").cum_sum() - pl.col("num_tokens"))
     frame = frame.sort("doc_id", "is_validation")
     learned_from = frame.filter(pl.col("is_validation").not_())
-    if len(learned_from) == 0:
-        raise ConfigError("no document is left to train on: all rows were rejected or belong to another split")
     head = _learn_head(learned_from, task, target_name, label_role)
     fingerprint = hashlib.sha256()
     for row in frame.select("doc_id", "content_fingerprint", "label", "labels", "target", "weight").iter_rows():
