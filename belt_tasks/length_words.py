@@ -16,6 +16,10 @@ def answer(report: LengthReport) -> list[str]:
     """Whether reading further pays, in sentences: against the head, with longer documents alone, and against both."""
     everything, longer = report.group("all"), report.group("longer")
     size = f"{report.reading('all').chunks.chunk_size:,}"
+    if longer.num_documents == 0:
+        none = f"No document is longer than {size} tokens, so there is nothing to read past them"
+        alike = "all ways read the same text, and differ by their checkpoints and windows alone"
+        return [f"{none}: {alike}.", *_few(report)]
     said = [
         _difference(report, everything, "head", f"Reading past the first {size} tokens{_limit(report)}"),
         _of_longer(report, longer),
@@ -26,9 +30,7 @@ def answer(report: LengthReport) -> list[str]:
             f"Reading all instead of the first and the last {size} tokens{_limit(report)}",
         ),
     ]
-    if report.num_documents < FEW:
-        said.append(f"These are only {_documents(report.num_documents)}: others might say something else.")
-    return said
+    return [*said, *_few(report)]
 
 
 def verdict(row: LengthRow) -> str:
@@ -147,10 +149,13 @@ def _cost(report: LengthReport, other: Selection) -> str:
     return f"{told} ({one.num_tokens_encoded:,} tokens encoded against {two.num_tokens_encoded:,}, {seconds})"
 
 
+def _few(report: LengthReport) -> list[str]:
+    if report.num_documents >= FEW:
+        return []
+    return [f"These are only {_documents(report.num_documents)}: others might say something else."]
+
+
 def _of_longer(report: LengthReport, longer: LengthGroup) -> str:
-    size = f"{report.reading('all').chunks.chunk_size:,}"
-    if longer.num_documents == 0:
-        return f"No document is longer than {size} tokens, so there is nothing to read past them."
     share = f"{longer.num_documents:,} of {_documents(report.num_documents)} ({_share(report, longer)})"
     verb = "is" if longer.num_documents == 1 else "are"
     if longer.is_too_small:

@@ -37,6 +37,7 @@ def fine_tuning_summary(receipt: FineTuningReceipt) -> str:
             "",
             f"- trained on {receipt.num_training_documents:,} documents, {receipt.num_validation_documents:,} held out",
             *_stopped(receipt),
+            *_learned_nothing(receipt),
             *_calibration(receipt),
             *_lonely(receipt),
             f"- {receipt.num_chunks:,} chunks",
@@ -86,6 +87,18 @@ def _stopped(receipt: FineTuningReceipt) -> list[str]:
         return []
     epochs = f"{receipt.patience:,} epoch{'' if receipt.patience == 1 else 's'}"
     return [f"- stopped early: {epochs} without a better one than epoch {receipt.best_epoch}"]
+
+
+def _learned_nothing(receipt: FineTuningReceipt) -> list[str]:
+    """A word on a model that a guess equals on the documents held out."""
+    accuracy, guess, r2 = (receipt.metrics.get(name) for name in ("accuracy", "majority_baseline_accuracy", "r2"))
+    if accuracy is not None and guess is not None and accuracy <= guess:
+        said = f"right on {accuracy:.1%} of them, no more than who always guesses the commonest label ({guess:.1%})"
+    elif r2 is not None and r2 <= 0:
+        said = f"no nearer to their numbers than their mean is (R2 {r2:.3f})"
+    else:
+        return []
+    return [f"- **{said}: nothing that helps has been learned**"]
 
 
 def _lonely(receipt: FineTuningReceipt) -> list[str]:

@@ -6,7 +6,3 @@ import os
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-
-# before PyTorch is: its threads wait for each other by spinning, which beside another fine-tuning on the same cores
-# took nine tenths of the speed and more; after so many spins they sleep, which on idle cores costs a few percent
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")

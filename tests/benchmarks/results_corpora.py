@@ -42,7 +42,7 @@ class Settings(Spec):
     chunk_size: int = 510
     """Tokens; the stride too."""
     validation_fraction: Fraction = 0.1
-    """Of the training documents; they choose the epoch."""
+    """Of the training documents; they choose the epoch, by the metric that is compared."""
     precision: Precision = "fp32"
     """Of training and scoring."""
     device: str = "auto"
@@ -65,6 +65,7 @@ class Settings(Spec):
             documents_per_batch=self.documents_per_batch,
             precision=self.precision,
             validation_fraction=self.validation_fraction,
+            metric_for_best_model="mse" if task == "regression" else "accuracy",
             seed=seed,
         )
 

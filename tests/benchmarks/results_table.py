@@ -172,8 +172,10 @@ def _measured(result: CorpusResult) -> str:
     seeds = ", ".join(str(seed.seed) for seed in result.seeds)
     cpu = f"{first.machine['cpu']}, {first.machine['cores']} cores"
     where = cpu if run.training_device == "cpu" else run.training_device
+    epochs = _counted(settings.epochs, "epoch")
+    best = "" if settings.epochs == 1 else f", the best of them by {settings.validation_fraction:.0%} held out"
     return (
-        f"{result.encoder}, {_counted(settings.epochs, 'epoch')}, learning rate {settings.learning_rate:g}, "
+        f"{result.encoder}, {epochs}{best}, learning rate {settings.learning_rate:g}, "
         f"{_counted(settings.documents_per_batch, 'document')} a batch, {settings.pooling_strategy} pooling, "
         f"{run.precision}, seed{'' if len(result.seeds) == 1 else 's'} {seeds}; {where}, {first.date}."
     )

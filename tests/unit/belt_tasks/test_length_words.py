@@ -131,13 +131,22 @@ def test_what_an_interval_says(change, verdict):
 @pytest.mark.parametrize(
     ("num_longer", "said"),
     [
-        (0, "No document is longer than 510 tokens, so there is nothing to read past them."),
         (1, "Only 1 of 400 documents (0.2%) is longer than that, too few to be measured alone."),
         (29, "Only 29 of 400 documents (7.2%) are longer than that, too few to be measured alone."),
     ],
 )
 def test_few_long_documents(num_longer, said):
     assert length_words.answer(report_of(num_longer=num_longer))[1] == said
+
+
+def test_where_no_document_is_longer_no_gain_of_reading_on_is_claimed():
+    none, few = length_words.answer(report_of(num_longer=0, num_documents=99))
+
+    assert none == (
+        "No document is longer than 510 tokens, so there is nothing to read past them: all ways read the same text, "
+        "and differ by their checkpoints and windows alone."
+    )
+    assert few == "These are only 99 documents: others might say something else."
 
 
 def test_few_documents_and_a_limit_are_told():

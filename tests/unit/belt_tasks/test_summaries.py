@@ -248,6 +248,17 @@ def test_run_summary_of_nothing():
     assert "| encode |" not in shown
 
 
+def tuned(**changes):
+    """A fine-tuning's receipt, but for what a test says."""
+    values = {
+        "checkpoint_uri": "/out/checkpoint", "checkpoint_digest": "0" * 64, "labels": ("a", "b"), "task": "multilabel",
+        "num_training_documents": 90, "num_validation_documents": 10, "best_epoch": 1, "num_chunks": 1_500,
+        "epochs": (Epoch(number=1, training_loss=0.9, validation=None),), "num_tokens_scored": 4_000,
+        "num_tokens_encoded": 5_000, "training_s": 10.0,
+    }  # fmt: skip
+    return FineTuningReceipt(**(values | changes))
+
+
 @pytest.mark.parametrize(
     ("task", "metric", "validation", "cells"),
     [
@@ -258,22 +269,14 @@ def test_run_summary_of_nothing():
     ],
 )
 def test_fine_tuning_summary(task, metric, validation, cells):
-    receipt = FineTuningReceipt(
-        checkpoint_uri="/out/checkpoint",
-        checkpoint_digest="0" * 64,
+    receipt = tuned(
         labels=tuple(f"label-{i}" for i in range(12)),
         task=task,
-        num_training_documents=90,
-        num_validation_documents=10,
         epochs=(
             Epoch(number=1, training_loss=0.9, validation=validation),
             Epoch(number=2, training_loss=0.8, validation=validation),
         ),
         best_epoch=2,
-        num_chunks=1_500,
-        num_tokens_scored=4_000,
-        num_tokens_encoded=5_000,
-        training_s=10.0,
     )
 
     lines = model_summaries.fine_tuning_summary(receipt).splitlines()
@@ -300,26 +303,40 @@ def test_fine_tuning_summary(task, metric, validation, cells):
     ],
 )
 def test_a_calibration_is_told(calibration, how, limits):
-    receipt = FineTuningReceipt(
-        checkpoint_uri="/out/checkpoint",
-        checkpoint_digest="0" * 64,
-        labels=("a", "b"),
-        task="multilabel",
-        num_training_documents=90,
-        num_validation_documents=10,
-        epochs=(Epoch(number=1, training_loss=0.9, validation=None),),
-        best_epoch=1,
+    receipt = tuned(
         calibration=calibration,
         metrics={"ece": 0.02, "log_loss": 0.4, "uncalibrated": {"ece": 0.11, "log_loss": 0.5, "loss": 0.5}},
-        num_chunks=1,
-        num_tokens_scored=1,
-        num_tokens_encoded=1,
-        training_s=1.0,
     )
 
     told = f"- calibrated on them ({how}): expected calibration error 0.110 to 0.020, log loss 0.500 to 0.400"
     told += limits
     assert told in model_summaries.fine_tuning_summary(receipt).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (
+            {"accuracy": 0.5, "majority_baseline_accuracy": 0.5},
+            "right on 50.0% of them, no more than who always guesses",
+        ),
+        (
+            {"accuracy": 0.4, "majority_baseline_accuracy": 0.5},
+            "right on 40.0% of them, no more than who always guesses",
+        ),
+        ({"accuracy": 0.51, "majority_baseline_accuracy": 0.5}, None),
+        ({"r2": -0.0123}, "no nearer to their numbers than their mean is (R2 -0.012)"),
+        ({"r2": 0.01}, None),
+        ({"r2": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_model_that_a_guess_equals_is_told(metrics, said):
+    lines = model_summaries.fine_tuning_summary(tuned(metrics=metrics)).splitlines()
+
+    told = [line for line in lines if "nothing that helps has been learned" in line]
+    assert len(told) == (said is not None)
+    assert all(said in line for line in told)
 
 
 def test_evaluation_summary_shows_what_was_measured_and_where_the_rest_is():

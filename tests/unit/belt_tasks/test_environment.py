@@ -1,4 +1,4 @@
-"""What flows set for the libraries that they import, before they do."""
+"""What belt sets for the libraries that it imports, before it does: for flows, and for notebooks."""
 
 import os
 import subprocess
@@ -7,11 +7,12 @@ import sys
 import pytest
 
 
+@pytest.mark.parametrize("module", ["flows.fine_tune", "belt_tasks.notebook"])
 @pytest.mark.parametrize(("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_threads_of_pytorch_soon_sleep_unless_the_user_says_otherwise(given, expected):
+def test_threads_of_pytorch_soon_sleep_unless_the_user_says_otherwise(module, given, expected):
     """OpenMP itself says what it took from the environment."""
     told = subprocess.run(
-        [sys.executable, "-c", "import flows.fine_tune"],
+        [sys.executable, "-c", f"import {module}"],
         env={name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
         | {"OMP_DISPLAY_ENV": "VERBOSE"}
         | given,
