@@ -77,6 +77,7 @@ class TrainingStates:
     def remove(self) -> None:
         """Keep none: the fine-tuning is over."""
         storage.remove_files([uri for uri, _ in self._found()])
+        storage.remove_empty_directories([self.uri])
 
     def _found(self) -> list[tuple[str, str]]:
         """URI and digest of each, the last first."""

@@ -292,3 +292,4 @@ def test_states_lie_in_the_folder_of_their_run(tmp_path):
     fitting.forget(run)
 
     assert TrainingStates(storage.join(run.uri, "training")).last() is None
+    assert list(Path(run.uri).iterdir()) == []
