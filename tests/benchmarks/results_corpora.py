@@ -34,7 +34,7 @@ class Settings(Spec):
     """How an encoder is fine-tuned on a corpus: the same for every selection."""
 
     epochs: int = 3
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     documents_per_batch: int = 8
     pooling_strategy: PoolingStrategy = "mean"
     maximal_text_length: int | None = None
@@ -91,7 +91,7 @@ CORPORA: dict[str, Known] = {
     "novel_chapters_author": Known(
         about="chapters of public-domain novels, by author; the novels of the test are not among those of the training "
         "(Zenodo 3462535)",
-        settings=Settings(epochs=5, learning_rate=2e-4),
+        settings=Settings(epochs=5, learning_rate=1e-4),
     ),
     "imdb": Known(
         about="IMDB reviews, positive or negative (Maas et al. 2011, its own split)",

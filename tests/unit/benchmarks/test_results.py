@@ -152,7 +152,7 @@ def test_one_seed_is_told_with_its_interval():
         "first 510 tokens changes the accuracy by +5.0 points (95 % CI +2.0 to +8.0), a gain beyond chance, reading "
         "all instead of the first and the last 510 tokens by +0.0 points (95 % CI -1.0 to +1.0), no difference beyond "
         "chance; that is 1500.0 and 750.0 times as many tokens. an encoder, 3 epochs, the best of them by 10% held "
-        "out, learning rate 0.0001, 8 documents a batch, mean pooling, fp32, seed 0; a processor, 2 cores, "
+        "out, learning rate 5e-05, 8 documents a batch, mean pooling, fp32, seed 0; a processor, 2 cores, "
         "2026-01-02."
     )
 
