@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from belt_tasks import checkpoint as checkpoints
 from belt_tasks import encoder, storage
@@ -198,6 +198,11 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder}: no tokenizer there: {str(error).splitlines()[0]}") from error
 
 
+def _model_type(module: str) -> str:
+    """What transformers calls a model whose config is of a module: xlm_roberta is that of xlm-roberta."""
+    return module if module in CONFIG_MAPPING else module.replace("_", "-")
+
+
 def _model(network: _Part, head: Head, pooling: PoolingSpec, *, where: str) -> ChunkModel:
     """The body and head of a network's weights.
 
@@ -209,7 +214,7 @@ def _model(network: _Part, head: Head, pooling: PoolingSpec, *, where: str) -> C
     config = vars(pickled).get("config") if isinstance(pickled, _Part) else None
     if not isinstance(config, _Part):
         raise ConfigError(f"{where}: the network has no encoder with a config")
-    kind = config.pickled_as.split(".")[2]
+    kind = _model_type(config.pickled_as.split(".")[2])
     plain = {name: value for name, value in vars(config).items() if not name.startswith("_") and _is_plain(value)}
     plain.pop("model_type", None)
     try:

@@ -176,13 +176,15 @@ def _parts(family: str, dropout: float) -> tuple[Tokenizer, dict[str, str], Call
                     **more,
                 ),
             )
-        case "roberta" | "mpnet":
-            config = transformers.RobertaConfig if family == "roberta" else transformers.MPNetConfig
+        case "roberta" | "mpnet" | "xlm-roberta":
+            config = type(transformers.AutoConfig.for_model(family))
             return (
                 byte_level_tokenizer(ROBERTA_SPECIAL, ("<s>", "</s>")),
                 ROBERTA_NAMES,
                 lambda size, **more: config(
-                    vocab_size=size, max_position_embeddings=NUM_POSITIONS + 2, pad_token_id=1, **drop, **(SIZES | more)
+                    vocab_size=size,
+                    pad_token_id=1,
+                    **({"max_position_embeddings": NUM_POSITIONS + 2} | drop | SIZES | more),
                 ),
             )
         case "modernbert":

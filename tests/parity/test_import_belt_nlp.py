@@ -126,6 +126,21 @@ def test_other_special_tokens_than_berts_are_told(tmp_path):
     assert import_belt_nlp(str(tmp_path / "saved"), str(tmp_path / "out")).has_other_special_tokens
 
 
+def test_a_module_is_not_always_called_as_its_model(tmp_path):
+    """xlm_roberta has the configs of xlm-roberta."""
+    encoder = save_tiny_encoder(tmp_path / "encoder", "xlm-roberta", dropout=0.0, max_position_embeddings=514)
+    theirs = saved("classifier, mean", encoder, tmp_path / "saved")
+
+    imported = import_belt_nlp(str(tmp_path / "saved"), str(tmp_path / "out"))
+
+    assert imported.has_other_special_tokens
+    body = checkpoints.load_checkpoint(str(tmp_path / "out")).model.body
+    assert type(body) is type(theirs.neural_network.model)
+    for name, weight in theirs.neural_network.model.state_dict().items():
+        if not name.startswith("pooler."):
+            assert torch.equal(body.state_dict()[name], weight)
+
+
 class Evil:
     """Runs a command when it is unpickled by whoever trusts it."""
 
