@@ -335,7 +335,7 @@ def fine_tune(
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
         spec = build(specs.TrainSpec, options, sections, section="spec")
         if launcher.is_follower():
-            launch.follow(spec)
+            launch.follow(spec, storage_block)
             return
         with running():
             from flows.fine_tune import fine_tune as flow  # noqa: PLC0415 - after the environment is set

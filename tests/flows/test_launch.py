@@ -23,7 +23,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def machines(arguments, *, size=2):
+def machines(arguments, *, size=2, environment=os.environ):
     """The command as PyTorch's launcher starts it on several machines, here all in one; what each said."""
     port = free_port()
     started = [
@@ -36,7 +36,7 @@ def machines(arguments, *, size=2):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+            env={**environment, "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in range(size)
     ]

@@ -15,12 +15,13 @@ from polars.testing import assert_frame_equal
 from prefect.blocks.system import Secret
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 
-from belt_tasks import checkpoint, object_stores, score_tables, storage
+from belt_tasks import checkpoint, object_stores, publishing, score_tables, storage
 from belt_tasks.errors import ConfigError
 from flows.evaluate import evaluate
 from flows.score import score
 from flows.storage_block import use_storage_block
 from tests.flows.test_flows import artifact
+from tests.flows.test_launch import OPTIONS, machines
 from tests.s3_server import KEYS
 
 BELT = Path(sys.executable).parent / "belt"
@@ -119,6 +120,17 @@ def test_a_block_has_the_secrets_and_nothing_else_does(on_s3, s3, block):
         dump = "\n".join(server.iterdump())
     assert f"{on_s3}/out" in dump
     assert secret not in dump
+
+
+def test_the_machines_of_a_launcher_have_the_block_too(on_s3, s3, block, tiny_encoder):
+    """Each asks Prefect's server: no secret goes from one to another."""
+    environment = {name: value for name, value in os.environ.items() if name not in s3.environment()}
+    arguments = [f"{on_s3}/corpus", "--encoder", str(tiny_encoder), "--output", f"{on_s3}/tuned"]
+
+    codes, said = machines(["fine-tune", *arguments, *OPTIONS, "--storage-block", block], environment=environment)
+
+    assert codes == [0, 0], said
+    assert publishing.read_manifest(f"{on_s3}/tuned").run["flow"] == "fine-tune"
 
 
 @pytest.mark.usefixtures("s3")
