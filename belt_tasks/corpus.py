@@ -5,7 +5,7 @@ nor their order changes what a shard is. Reading never holds more than one batch
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,25 +179,34 @@ def read_documents(
         yield Documents(**reader.split(batch, row_index, uri=shard.uri, duplicates=duplicates))
 
 
-def duplicate_rows(shards: list[ShardRef], spec: CorpusSpec) -> pa.Table:
-    """Rows whose doc_id an earlier row of the corpus has, in the order of files and rows: the first one stays.
+def duplicate_rows(
+    shards: Sequence[ShardRef], spec: CorpusSpec, *, earlier: Sequence[tuple[ShardRef, CorpusSpec]] = ()
+) -> pa.Table:
+    """Rows whose doc_id an earlier row has, in the order of files and rows: the first one stays.
 
     Memory is some 24 bytes a row: hashes first, then the ids of those rows alone whose hashes are equal.
+
+    Args:
+        shards: the corpus.
+        spec: its columns, and the split whose rows are wanted.
+        earlier: shards, and how to read them, whose rows come before and are not told of.
 
     Returns:
         source_uri: string and row_index: int64, one row per later duplicate.
     """
-    hashes = [_hashed_ids(shard, spec) for shard in shards]
+    readings = [*earlier, *((shard, spec) for shard in shards)]
+    hashes = [_hashed_ids(*reading) for reading in readings]
     all_hashes = pl.concat([frame["hash"] for frame in hashes])
     suspicious = all_hashes.filter(all_hashes.is_duplicated()).unique()
     candidates = []
-    for shard, frame in zip(shards, hashes, strict=True):
+    for number, (reading, frame) in enumerate(zip(readings, hashes, strict=True)):
         rows = frame.filter(pl.col("hash").is_in(suspicious.implode()))["row_index"]
         if len(rows):
-            candidates.append(_ids(shard, spec).filter(pl.col("row_index").is_in(rows.implode())))
+            found = _ids(*reading).filter(pl.col("row_index").is_in(rows.implode()))
+            candidates.append(found.with_columns(is_told=pl.lit(number >= len(earlier))))
     if not candidates:
         return pa.table({"source_uri": pa.array([], pa.string()), "row_index": pa.array([], pa.int64())})
-    frame = pl.concat(candidates).filter(pl.col("doc_id").is_first_distinct().not_())
+    frame = pl.concat(candidates).filter(pl.col("doc_id").is_first_distinct().not_() & pl.col("is_told"))
     return (
         frame.select("source_uri", "row_index")
         .to_arrow()

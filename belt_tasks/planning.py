@@ -130,7 +130,7 @@ def plan_fine_tuning(
 
 
 def plan_validation(corpus_uri: str, plan: TrainPlan, receipts: Sequence[ShardReceipt], spec: TrainSpec) -> PreparePlan:
-    """Plan how the documents of a validation split are tokenized.
+    """Plan how the documents of a validation split are tokenized; those that are trained on too are put aside.
 
     Args:
         corpus_uri: of the fine-tuning.
@@ -146,7 +146,15 @@ def plan_validation(corpus_uri: str, plan: TrainPlan, receipts: Sequence[ShardRe
     vocabulary = training_set.learn_labels(uris, task=plan.task, label_role=training.label_role)
     corpus = _validation_corpus(training.corpus, spec)
     shards = corpora.plan_shards(corpus_uri, corpus, label_role=training.label_role)
-    return _plan_prepare(plan.run.output_uri, shards, corpus, plan.encoder, training.label_role, vocabulary=vocabulary)
+    return _plan_prepare(
+        plan.run.output_uri,
+        shards,
+        corpus,
+        plan.encoder,
+        training.label_role,
+        vocabulary=vocabulary,
+        training=training,
+    )
 
 
 def _plan_prepare(
@@ -157,6 +165,7 @@ def _plan_prepare(
     label_role: LabelRole,
     *,
     vocabulary: tuple[str, ...] | None,
+    training: PreparePlan | None = None,
 ) -> PreparePlan:
     run_id = run_id_of(
         _keys(shards),
@@ -165,8 +174,10 @@ def _plan_prepare(
         tokenizer=load_tokenizer(encoder_source).fingerprint,
         label_role=label_role,
         vocabulary=vocabulary,
+        training=None if training is None else training.run.run_id,
     )
     run = RunRef(output_uri=output_uri, run_id=run_id)
+    earlier = [] if training is None else [(shard, training.corpus) for shard in training.shards]
     milestones.planned(run_id, "prepare", num_shards=len(shards), num_rows=sum(shard.num_rows for shard in shards))
     return PreparePlan(
         run=run,
@@ -174,7 +185,7 @@ def _plan_prepare(
         corpus=corpus,
         encoder=encoder_source,
         label_role=label_role,
-        duplicates_uri=_write_duplicates(run, shards, corpus),
+        duplicates_uri=_write_duplicates(run, shards, corpus, earlier),
         vocabulary=vocabulary,
     )
 
@@ -259,11 +270,16 @@ def _keys(shards: Sequence[ShardRef]) -> list[str]:
     return [shard.key for shard in shards]
 
 
-def _write_duplicates(run: RunRef, shards: Sequence[ShardRef], corpus: CorpusSpec) -> str | None:
+def _write_duplicates(
+    run: RunRef,
+    shards: Sequence[ShardRef],
+    corpus: CorpusSpec,
+    earlier: Sequence[tuple[ShardRef, CorpusSpec]] = (),
+) -> str | None:
     done = [run.manifest_uri] if storage.exists(run.manifest_uri) else [run.receipt_uri(key) for key in _keys(shards)]
     if all(storage.exists(uri) for uri in done):  # the run is complete; its corpus is the same
         return run.existing_duplicates_uri()
-    duplicates = corpora.duplicate_rows(list(shards), corpus)
+    duplicates = corpora.duplicate_rows(shards, corpus, earlier=earlier)
     if duplicates.num_rows > 0:
         storage.write_parquet(run.duplicates_uri, duplicates)
     return run.existing_duplicates_uri()
