@@ -8,6 +8,7 @@ from belt_tasks.specs import ChunkSpec, Metric, Selection
 SELECTIONS: dict[Selection, str] = {"head": "the head", "head_tail": "head and tail", "all": "all"}
 POINTS = {"accuracy", "macro_f1", "micro_f1", "subset_accuracy"}
 """Metrics whose differences are told in points: hundredths."""
+ALIKE = "all ways read the same text, and differ by their checkpoints and windows alone"
 FEW = 100
 """Documents below which a word of caution stands beside the whole comparison."""
 
@@ -16,10 +17,8 @@ def answer(report: LengthReport) -> list[str]:
     """Whether reading further pays, in sentences: against the head, with longer documents alone, and against both."""
     everything, longer = report.group("all"), report.group("longer")
     size = f"{report.reading('all').chunks.chunk_size:,}"
-    if longer.num_documents == 0:
-        none = f"No document is longer than {size} tokens, so there is nothing to read past them"
-        alike = "all ways read the same text, and differ by their checkpoints and windows alone"
-        return [f"{none}: {alike}.", *_few(report)]
+    if not _reads_on(report):
+        return [f"{_nothing(report)}: {ALIKE}.", *_few(report)]
     said = [
         _difference(report, everything, "head", f"Reading past the first {size} tokens{_limit(report)}"),
         _of_longer(report, longer),
@@ -59,7 +58,7 @@ def caveats(report: LengthReport) -> list[str]:
             "biased against a selection that the checkpoint was not trained with: for a fair one fine-tune a "
             "checkpoint with each selection, and name them by --head-checkpoint and --head-tail-checkpoint."
         )
-    if report.group("longer").num_documents and all(_is_alike(report, other) for other in ("head", "head_tail")):
+    if _reads_on(report) and all(_is_alike(report, other) for other in ("head", "head_tail")):
         said.append(
             "On every document each way is as right as the others. So is a model that says the same of every document, "
             "whatever it reads: see whether the evaluation's metrics are better than those of a guess."
@@ -147,6 +146,21 @@ def _cost(report: LengthReport, other: Selection) -> str:
     told = "what cannot be told, for no token was encoded" if times is None else f"{times:.1f} times as much"
     seconds = f"{_seconds(one.encode_s)} of the encoder against {_seconds(two.encode_s)}"
     return f"{told} ({one.num_tokens_encoded:,} tokens encoded against {two.num_tokens_encoded:,}, {seconds})"
+
+
+def _reads_on(report: LengthReport) -> bool:
+    """Whether any way reads more than another."""
+    chunks = report.reading("all").chunks
+    is_read = chunks.maximal_text_length is None or chunks.maximal_text_length > chunks.chunk_size
+    return is_read and report.group("longer").num_documents > 0
+
+
+def _nothing(report: LengthReport) -> str:
+    """Why none does."""
+    chunks = report.reading("all").chunks
+    if report.group("longer").num_documents == 0:
+        return f"No document is longer than {chunks.chunk_size:,} tokens, so there is nothing to read past them"
+    return f"maximal_text_length {chunks.maximal_text_length:,} ends every document within its first chunk"
 
 
 def _few(report: LengthReport) -> list[str]:

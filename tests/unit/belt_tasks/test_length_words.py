@@ -149,6 +149,16 @@ def test_where_no_document_is_longer_no_gain_of_reading_on_is_claimed():
     assert few == "These are only 99 documents: others might say something else."
 
 
+def test_a_limit_within_the_first_chunk_leaves_nothing_to_compare():
+    equal = dict.fromkeys(DIFFERENCES, (0.0, 0.0, 0.0))
+    report = report_of(equal, maximal_text_length=510)
+
+    (said,) = length_words.answer(report)
+    assert said.startswith("maximal_text_length 510 ends every document within its first chunk: all ways read the same")
+    assert length_words.caveats(report) == []  # of a model that always says the same
+    assert length_words.answer(report_of(maximal_text_length=511))[0].startswith("Reading past the first 510 tokens")
+
+
 def test_few_documents_and_a_limit_are_told():
     said = length_words.answer(report_of(num_documents=99, maximal_text_length=1020))
 
