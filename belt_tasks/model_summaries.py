@@ -13,6 +13,7 @@ from belt_tasks.resampling import METRICS
 from belt_tasks.specs import ChunkSpec
 
 NUM_LABELS = 10  # named
+USEFUL_AUC = 0.6
 NEARLY = 1.01  # as a search ends
 MEASURED_BY = {"ece": "expected calibration error", "log_loss": "log loss"}
 
@@ -91,9 +92,12 @@ def _stopped(receipt: FineTuningReceipt) -> list[str]:
 
 def _learned_nothing(receipt: FineTuningReceipt) -> list[str]:
     """A word on a model that a guess equals on the documents held out."""
-    accuracy, guess, r2 = (receipt.metrics.get(name) for name in ("accuracy", "majority_baseline_accuracy", "r2"))
+    names = ("accuracy", "majority_baseline_accuracy", "auc", "r2")
+    accuracy, guess, auc, r2 = (receipt.metrics.get(name) for name in names)
     if accuracy is not None and guess is not None and accuracy <= guess:
         said = f"right on {accuracy:.1%} of them, no more than who always guesses the commonest label ({guess:.1%})"
+        if auc is not None and auc >= USEFUL_AUC:  # of rare labels, that is usual
+            return [f"- {said}, though it ranks them (AUC {auc:.3f})"]
     elif r2 is not None and r2 <= 0:
         said = f"no nearer to their numbers than their mean is (R2 {r2:.3f})"
     else:

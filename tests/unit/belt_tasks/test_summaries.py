@@ -264,7 +264,7 @@ def tuned(**changes):
     [
         ("multiclass", "accuracy", {"loss": 0.5, "accuracy": 0.75}, "0.5000 | 0.7500"),
         ("regression", "mse", {"loss": 0.5, "mse": 0.25}, "0.5000 | 0.2500"),
-        ("multilabel", "micro_f1", {"loss": 0.5, "micro_f1": None}, "0.5000 | "),
+        ("multilabel", "micro_f1", {"loss": 0.5}, "0.5000 | "),
         ("binary", "accuracy", None, " | "),
     ],
 )
@@ -325,6 +325,8 @@ def test_a_calibration_is_told(calibration, how, limits):
             "right on 40.0% of them, no more than who always guesses",
         ),
         ({"accuracy": 0.51, "majority_baseline_accuracy": 0.5}, None),
+        ({"accuracy": 0.5, "majority_baseline_accuracy": 0.5, "auc": 0.59}, "right on 50.0% of them"),
+        ({"accuracy": 0.95, "majority_baseline_accuracy": 0.95, "auc": 0.98}, None),
         ({"r2": -0.0123}, "no nearer to their numbers than their mean is (R2 -0.012)"),
         ({"r2": 0.01}, None),
         ({"r2": None}, None),
