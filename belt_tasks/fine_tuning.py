@@ -157,6 +157,8 @@ def fine_tune_prepared(
 ) -> FineTuningReceipt:
     """Fine-tune on prepared shards, into the run's folder; goes on where an earlier attempt was killed.
 
+    States stay until `fitting.forget`, for whoever comes after a crash before the run is published.
+
     Args:
         plan: the run.
         receipts: of its prepared shards.
@@ -190,16 +192,16 @@ def fine_tune_prepared(
     storage.write_bytes(curves_uri, learning_curves.learning_curves_png(fitting.read_metrics(plan.run)))
     receipt = receipt.model_copy(update={"metrics_uri": metrics_uri, "curves_uri": curves_uri})
     storage.write_bytes(_receipt_uri(plan.run), receipt.model_dump_json(indent=1).encode())
-    fitting.forget(plan.run)
     return receipt
 
 
 def republish(run: RunRef, spec: TrainSpec) -> Manifest | None:
-    """As `publishing.republish`; a run that lost its checkpoint or receipt is not complete."""
+    """As `publishing.republish`; one that lacks checkpoint or receipt is not complete, one that is needs no states."""
     kept = (storage.join(run.uri, "checkpoint", CARD_NAME), _receipt_uri(run))
     manifest = publishing.republish(run) if all(storage.exists(uri) for uri in kept) else None
     if manifest is not None:
         data_parallel.dismiss(spec)
+        fitting.forget(run)
     return manifest
 
 

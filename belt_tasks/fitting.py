@@ -40,8 +40,9 @@ class Epoch(Spec):
     """From 1."""
     training_loss: float
     """Mean over documents, while the weights moved."""
-    validation: dict[str, Any] | None
-    """Loss and metrics on the held-out documents after the epoch, not calibrated; None without any."""
+    validation: dict[str, float] | None
+    """Loss and metrics on the held-out documents after the epoch, not calibrated, those that are one defined number;
+    None without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def read_metrics(run: RunRef) -> list[dict[str, Any]]:
 
 
 def forget(run: RunRef) -> None:
-    """Remove a run's states: its checkpoint is written."""
+    """Remove a run's states: it is published."""
     _states(run).remove()
 
 
@@ -192,6 +193,7 @@ class _Fitting:
         self._states = None if self.run is None else _states(self.run)
         self._log = TrainingLog(None if self.run is None or not self._is_first else metrics_uri(self.run))
         self._loop = TrainingLoop(trainer=self.trainer, documents=self.training, on_step=self._after_step)
+        self._is_taken_up = False
         self._clock = self._saved_at = time.monotonic()
 
     def run_to_end(self) -> Fitted:
@@ -225,9 +227,10 @@ class _Fitting:
         )
 
     def end(self, status: str) -> None:
-        """Put what was measured."""
+        """Put what was measured; before an earlier attempt is taken up, its measurements stay."""
         if self._is_first:
-            self._log.put()
+            if self._is_taken_up:
+                self._log.put()
             self._log.end(status)
 
     def _take_up(self) -> None:
@@ -246,12 +249,16 @@ class _Fitting:
         if self._is_first and self.run is not None:
             known = None if state is None else state.told["mlflow_run_id"]
             self._log.tracker = mlflow_tracker(f"fine-tune {self.run.run_id}", self.trainer.spec.model_dump(), known)
+        self._is_taken_up = True
         self.trainer.ranks.accelerator.wait_for_everyone()
         self._clock = self._saved_at = time.monotonic()
 
     def _end_epoch(self, losses: list[float]) -> None:
-        logits_DL, measured = self.trainer.evaluate(self.validation) if len(self.validation) else (None, None)
-        number = len(self.epochs) + 1
+        number, logits_DL, measured = len(self.epochs) + 1, None, None
+        if len(self.validation):
+            logits_DL = self.trainer.logits(self.validation)
+            self._loop.check_finite("largest logit of the documents held out", logits_DL.abs().max().item(), number)
+            measured = _plain(self.trainer.measure(logits_DL, self.validation))
         epoch = Epoch(number=number, training_loss=self._loop.mean_loss(losses), validation=measured)
         self.epochs.append(epoch)
         if self._is_best():
@@ -259,7 +266,7 @@ class _Fitting:
             weights = self.trainer.model.state_dict()
             self.best_weights = copy.deepcopy({name: weight.cpu() for name, weight in weights.items()})
         self._log.add(
-            "epoch", self._loop.num_steps, epoch=number, training_loss=epoch.training_loss, validation=_plain(measured)
+            "epoch", self._loop.num_steps, epoch=number, training_loss=epoch.training_loss, validation=measured
         )
         self._save()
 
@@ -279,7 +286,7 @@ class _Fitting:
         if validation is None:
             return None
         return tuple(
-            _gain(name, validation[name]) for name in (self.trainer.spec.metric_for_best_model or "loss", "loss")
+            _gain(name, validation.get(name)) for name in (self.trainer.spec.metric_for_best_model or "loss", "loss")
         )
 
     def _after_step(self, step: StepEnd) -> None:
@@ -328,8 +335,6 @@ def _gain(name: str, value: float | None) -> float:
     return float(-value if name == "loss" or name in resampling.LOWER_IS_BETTER else value)
 
 
-def _plain(measured: dict[str, Any] | None) -> dict[str, float] | None:
-    """The numbers among metrics."""
-    if measured is None:
-        return None
+def _plain(measured: dict[str, Any]) -> dict[str, float]:
+    """The numbers among metrics: matrices of many labels would fill states and receipts."""
     return {name: value for name, value in measured.items() if isinstance(value, int | float)}

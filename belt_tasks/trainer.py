@@ -121,8 +121,8 @@ class Trainer:
             losses_D = losses_D * torch.from_numpy(self.weight_D[documents]).to(pooled_DL)
         return losses_D.mean()
 
-    def evaluate(self, documents: Int64) -> tuple[Tensor, dict[str, Any]]:
-        """Pooled logits [D, L] of some documents, in eval mode and on the CPU; their loss and metrics."""
+    def logits(self, documents: Int64) -> Tensor:
+        """Pooled logits [D, L] of some documents, in eval mode and on the CPU."""
         head = self.training_set.head
         mine = self.ranks.share(documents)
         parts = [torch.zeros(0, head.num_logits)]
@@ -132,8 +132,7 @@ class Trainer:
         chunk_encoder = build_encoder(self.model, device=self.device, precision="fp32")
         parts += [self._logits(part, chunk_encoder) for part in np.split(mine, cuts) if len(part)]
         self.model.train()
-        logits_DL = self.ranks.gather(torch.cat(parts), num_rows=len(documents))
-        return logits_DL, self.measure(logits_DL, documents)
+        return self.ranks.gather(torch.cat(parts), num_rows=len(documents))
 
     def measure(self, logits_DL: Tensor, documents: Int64, calibrated_by: Calibration | None = None) -> dict[str, Any]:
         """Loss and metrics of pooled logits of some documents, all of which weigh the same."""

@@ -139,7 +139,7 @@ class TrainingLoop:
             weight = len(batch) / num_documents
             self.losses.append(trainer.add_gradient(batch, epoch=epoch, weight=weight, is_last=batch is batches[-1]))
             loss += weight * self.losses[-1]
-            self._check("loss", self.losses[-1], epoch)
+            self.check_finite("loss", self.losses[-1], epoch + 1)
             progress.advance("fine-tune", len(batch))
         learning_rate = spec.learning_rate * self._share(self.num_steps)
         for group in self._inner.param_groups:
@@ -149,7 +149,7 @@ class TrainingLoop:
             trainer.model.parameters(), math.inf if spec.max_grad_norm is None else spec.max_grad_norm
         ).item()
         if accelerator.scaler is None:  # which leaves out a step that overflows
-            self._check("norm of the gradient", norm, epoch)
+            self.check_finite("norm of the gradient", norm, epoch + 1)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.num_steps += 1
@@ -166,10 +166,20 @@ class TrainingLoop:
             )
         )
 
-    def _check(self, what: str, value: float, epoch: int) -> None:
+    def check_finite(self, what: str, value: float, epoch: int) -> None:
+        """See that a number is one.
+
+        Args:
+            what: it is.
+            value: the number.
+            epoch: in which it was measured, from 1.
+
+        Raises:
+            DivergedError: it is none.
+        """
         if not math.isfinite(value):
             raise DivergedError(
-                f"the {what} became {value} in epoch {epoch + 1}, after {self.num_steps} steps: "
+                f"the {what} became {value} in epoch {epoch}, after {self.num_steps} steps: "
                 f"lower learning_rate ({self.trainer.spec.learning_rate})"
             )
 

@@ -75,8 +75,8 @@ class TrainingStates:
         return None
 
     def remove(self) -> None:
-        """Keep none: the fine-tuning is over."""
-        storage.remove_files([uri for uri, _ in self._found()])
+        """Keep none, nor what a killed process had half written: the fine-tuning is over."""
+        storage.remove_files([file.uri for file in storage.files_under(self.uri, hidden=True) or []])
         storage.remove_empty_directories([self.uri])
 
     def _found(self) -> list[tuple[str, str]]:

@@ -61,6 +61,7 @@ def fine_tune(
                 labels=trained.labels,
                 started_at=started_at,
             )
+            tasks.forget_states(plan.run)
         else:
             trained = tasks.read_fine_tuning_receipt(plan.run)
         artifacts.show(

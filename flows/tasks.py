@@ -22,6 +22,7 @@ from belt_tasks import (
     evaluation,
     export,
     fine_tuning,
+    fitting,
     length_report,
     maintenance,
     milestones,
@@ -85,6 +86,7 @@ score_shard = bind(shard_scoring.score_shard, task_run_name=SCORE_SHARD_NAME)
 chunk_shard = bind(chunks.chunk_shard, task_run_name="chunk-{shard.key}")
 prepare_shard = bind(training_set.prepare_shard, task_run_name="prepare-{shard.key}")
 fine_tune_prepared = bind(fine_tuning.fine_tune_prepared)
+forget_states = bind(fitting.forget)
 read_fine_tuning_receipt = bind(fine_tuning.read_receipt)
 evaluate_run = bind(evaluation.evaluate_run)
 plan_ways = bind(length_report.plan_ways)

@@ -101,7 +101,7 @@ def test_fine_tune(fine_tuned, client, labelled_corpus):
         client,
         state,
         verb="prepare",
-        others={"plan_fine_tuning", "republish", "fine_tune_prepared", "publish"},
+        others={"plan_fine_tuning", "republish", "fine_tune_prepared", "publish", "forget"},
         corpus_uri=labelled_corpus,
     )
     assert manifest == publishing.read_manifest(output)
@@ -112,6 +112,7 @@ def test_fine_tune(fine_tuned, client, labelled_corpus):
     assert TrainSpec.model_validate_json(manifest.run["spec"]) == TRAIN
     assert manifest.labels == ("fox", "window")
     assert checkpoint.read_card(checkpoint.resolve(output)).chunks == CHUNKS
+    assert not list(Path(output).glob("runs/*/training"))  # published, it needs no states
     (picture,) = (Path(output) / "runs").glob("*/learning_curves.png")
     assert base64.b64encode(picture.read_bytes()).decode() in artifact(client, state, "learning-curves")
     shown = artifact(client, state, "fine-tune-summary")

@@ -17,6 +17,7 @@ from belt_tasks.errors import ConfigError
 from belt_tasks.model_summaries import fine_tuning_summary
 from belt_tasks.scoring import score_texts
 from belt_tasks.specs import BatchSpec, ChunkSpec, CorpusSpec, Head, ScoreSpec, TrainSpec
+from belt_tasks.training_loop import DivergedError
 from belt_tasks.training_set import TrainingSet, label_weights
 from tests.conftest import labelled_rows, words
 from tests.fine_tuned import fine_tuned, prepared, validation_shards
@@ -45,13 +46,12 @@ def rejected_of(plan, receipts):
 def fit_with(monkeypatch, write_corpus, encoder, output, values, **changes):
     """Fine-tune while validation says what it is told to; returns the receipt, or raises."""
     said = iter(values)
-    really = trainer.Trainer.evaluate
+    really = trainer.Trainer.measure
 
-    def evaluate(self, documents):
-        logits_DL, measured = really(self, documents)
-        return logits_DL, measured | next(said)
+    def measure(self, *args):
+        return really(self, *args) | next(said, {})
 
-    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(trainer.Trainer, "measure", measure)
     spec = SPEC.model_copy(update={"epochs": len(values), **changes})
     return fine_tuned(write_corpus(ROWS, name="labelled"), encoder, output, spec)
 
@@ -178,6 +178,25 @@ def test_a_gradient_that_is_no_number_moves_no_weight(write_corpus, tiny_encoder
         fine_tuned(write_corpus(ROWS, name="labelled"), tiny_encoder, tmp_path, spec)
 
 
+def test_what_only_the_documents_held_out_show_is_divergence_too(write_corpus, tiny_encoder, tmp_path):
+    """The one step of the epoch does the damage, after its loss was measured."""
+    changes = {"learning_rate": 1e18, "max_grad_norm": None, "warmup_fraction": 0.0, "documents_per_batch": 1000}
+
+    with pytest.raises(
+        DivergedError, match=r"largest logit of the documents held out became (nan|inf) in epoch 1, after 1 steps"
+    ):
+        fine_tuned(write_corpus(ROWS, name="labelled"), tiny_encoder, tmp_path, SPEC.model_copy(update=changes))
+
+
+def test_epochs_keep_numbers_and_no_matrices(write_corpus, tiny_encoder, tmp_path):
+    """Of a thousand labels, a confusion matrix of every epoch would not fit into a state."""
+    receipt = fine_tuned(write_corpus(ROWS, name="labelled"), tiny_encoder, tmp_path, SPEC)
+
+    assert {"loss", "accuracy", "auc"} <= set(receipt.epochs[0].validation)
+    assert all(isinstance(value, int | float) for epoch in receipt.epochs for value in epoch.validation.values())
+    assert "confusion_matrix" in receipt.metrics
+
+
 # labels and splits
 
 
@@ -196,6 +215,25 @@ def test_a_validation_split_is_held_out_and_labels_that_only_it_has_are_put_asid
     assert found.labels == ("fox", "window")
     put_aside = rejected_of(plan, validation)
     assert put_aside.select("doc_id", "reason").rows() == [("doc-0005", "label_unknown")]
+
+
+def test_a_document_of_both_splits_is_trained_on_alone(write_corpus, tiny_encoder, tmp_path):
+    """Held out, it would say what was learned by heart."""
+    twice = ROWS.filter(split="train").head(2).with_columns(split=pl.lit("test"))
+    corpus = write_corpus(pl.concat([twice, ROWS]), name="labelled")
+    spec, columns = (
+        SPEC.model_copy(update={"validation_split": "test"}),
+        CorpusSpec(split_column="split", split="train"),
+    )
+    plan, receipts = prepared(corpus, tiny_encoder, tmp_path, spec, columns)
+    validation = validation_shards(corpus, plan, receipts, spec)
+
+    found = fine_tuning.fine_tune_prepared(plan, receipts, spec, validation)
+
+    assert (found.num_training_documents, found.num_validation_documents) == (32, 8)
+    put_aside = rejected_of(plan, validation)
+    assert put_aside["doc_id"].to_list() == twice["doc_id"].to_list()
+    assert put_aside["reason"].unique().to_list() == ["doc_id_duplicate"]
 
 
 def test_the_split_to_train_on_cannot_be_held_out(write_corpus, tiny_encoder, tmp_path):

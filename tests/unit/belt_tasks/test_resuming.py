@@ -96,7 +96,8 @@ def test_an_interrupted_run_ends_with_the_bytes_of_one_that_was_not(
         for run in (plan.run, prepared(labelled_corpus, tiny_encoder, tmp_path / "whole", SPEC)[0].run)
     ]
     assert timeless[0] == timeless[1]
-    assert storage.files_under(f"{plan.run.uri}/training", hidden=True) == []  # states are gone
+    fitting.forget(plan.run)
+    assert not (Path(plan.run.uri) / "training").exists()
 
 
 LONG = SPEC.model_copy(update={"epochs": 12})
@@ -232,6 +233,35 @@ def test_a_finished_training_whose_checkpoint_is_missing_is_not_trained_again(
     assert len(found.epochs) == 3
 
 
+def test_a_finished_training_that_was_not_published_is_not_trained_again(labelled_corpus, tiny_encoder, tmp_path):
+    """Killed between the checkpoint and the manifest."""
+    plan, receipts = prepared(labelled_corpus, tiny_encoder, tmp_path, SPEC)
+    whole = fine_tuning.fine_tune_prepared(plan, receipts, SPEC)
+    reports = []
+    with progress.listen(lambda *report: reports.append(report)):
+        found = fine_tuning.fine_tune_prepared(plan, receipts, SPEC)
+
+    assert sum(done for stage, done, _ in reports if stage == "fine-tune") == 0
+    assert found.checkpoint_digest == whole.checkpoint_digest
+    assert (found.epochs, found.metrics) == (whole.epochs, whole.metrics)
+
+
+def test_measurements_stay_where_a_state_cannot_be_taken_up(labelled_corpus, tiny_encoder, tmp_path, monkeypatch):
+    plan, receipts = prepared(labelled_corpus, tiny_encoder, tmp_path, SPEC)
+    with progress.listen(interrupted_after(12)), pytest.raises(Interruption):
+        fine_tuning.fine_tune_prepared(plan, receipts, SPEC)
+    before = fitting.read_metrics(plan.run)
+
+    def fail(_):
+        raise Interruption
+
+    monkeypatch.setattr(TrainingStates, "last", fail)
+    with pytest.raises(Interruption):
+        fine_tuning.fine_tune_prepared(plan, receipts, SPEC)
+
+    assert fitting.read_metrics(plan.run) == before != []
+
+
 def test_two_processes_go_on_too(labelled_corpus, tiny_encoder, tmp_path):
     spec = SPEC.model_copy(update={"num_devices": 2, "epochs": 2})
     whole = fine_tuned(labelled_corpus, tiny_encoder, tmp_path / "whole", spec)
@@ -285,9 +315,10 @@ def test_the_log_says_what_every_step_and_epoch_measured(labelled_corpus, tiny_e
     assert Path(receipt.curves_uri).read_bytes().startswith(b"\x89PNG")
 
 
-def test_states_lie_in_the_folder_of_their_run(tmp_path):
+def test_states_lie_in_the_folder_of_their_run_and_go_with_what_a_kill_left(tmp_path):
     run = RunRef(output_uri=str(tmp_path), run_id="0" * 16)
     TrainingStates(storage.join(run.uri, "training")).save(state(1))
+    (Path(run.uri) / "training" / ".staged.0123.tmp").write_bytes(b"half")
 
     fitting.forget(run)
 
