@@ -121,9 +121,12 @@ def shards_with_rows(
 
     Raises:
         ConfigError: it is unreadable.
+        ShardError: it has changed since it was listed.
     """
     with storage.open_parquet(file.uri) as parquet:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    span = (0, len(groups))
+    _check_unchanged(file.uri, span, _key(file, span))
     stop_G = np.cumsum([group.num_rows for group in groups])
     wanted_G = np.diff(np.searchsorted(rows, stop_G), prepend=0) > 0
     shards = []
@@ -281,6 +284,21 @@ def _batches(
     if position != shard.first_row + shard.num_rows:
         raise ShardError(
             f"{where}: changed since it was planned: {shard.num_rows} rows then, {position - shard.first_row} now"
+        )
+    _check_unchanged(shard.uri, shard.row_groups, shard.key)
+
+
+def _check_unchanged(uri: str, row_groups: tuple[int, int], key: str) -> None:
+    """See that a file is still the version that was listed: what was read from it is of no other.
+
+    Raises:
+        ShardError: it is another.
+        TransientError: the store did not answer.
+    """
+    now = storage.stored_file(uri)
+    if now is not None and _key(now, row_groups) != key:
+        raise ShardError(
+            f"{uri}: changed since it was planned, and nothing of it is used; run again when it is complete"
         )
 
 

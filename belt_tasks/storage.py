@@ -121,6 +121,14 @@ def files_under(uri: str, *, suffix: str = "", hidden: bool = False) -> list[Sto
     return [_as_given(file, filesystem) for file in files]
 
 
+def stored_file(uri: str) -> StoredFile | None:
+    """An object as it is now, in the words of a listing; None where it is gone, or stores may word it otherwise."""
+    filesystem, _ = _resolve(uri)
+    if not isinstance(filesystem, (LocalFileSystem, ObjectFileSystem)):
+        return None
+    return next(iter(files_under(uri, hidden=True) or []), None)
+
+
 def exists(uri: str) -> bool:
     """Whether an object is there."""
     with errors_of(f"look for {uri}"):

@@ -17,8 +17,9 @@ from fsspec.registry import _registry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belt_tasks import corpus, storage
+from belt_tasks import corpus, inventory, storage
 from belt_tasks.errors import ConfigError, ShardError, TransientError
+from belt_tasks.inventory import Inventories
 from belt_tasks.specs import CorpusSpec
 
 NO_DUPLICATES = np.empty(0, dtype=np.int64)
@@ -373,7 +374,9 @@ def test_label_column_type_is_that_of_the_first_file(tmp_path):
 # what goes wrong after planning
 
 
-@pytest.mark.parametrize("change", ["truncated", "removed", "fewer rows", "fewer groups", "other columns"])
+@pytest.mark.parametrize(
+    "change", ["truncated", "removed", "fewer rows", "other rows", "fewer groups", "other columns"]
+)
 def test_a_file_that_changed_after_planning_is_an_error_of_its_shard(tmp_path, change):
     uri = put(tmp_path, "a.parquet", rows(*map(str, range(100))), rows_per_group=50)
     (shard,) = corpus.plan_shards(uri, CorpusSpec())
@@ -384,6 +387,8 @@ def test_a_file_that_changed_after_planning_is_an_error_of_its_shard(tmp_path, c
             Path(uri).unlink()
         case "fewer rows":
             put(tmp_path, "a.parquet", rows(*map(str, range(80))), rows_per_group=50)
+        case "other rows":
+            put(tmp_path, "a.parquet", rows(*map(str, range(1, 101))), rows_per_group=50)
         case "fewer groups":
             put(tmp_path, "a.parquet", rows(*map(str, range(100))), rows_per_group=100)
         case "other columns":
@@ -391,6 +396,42 @@ def test_a_file_that_changed_after_planning_is_an_error_of_its_shard(tmp_path, c
 
     with pytest.raises(ShardError, match=r"a\.parquet.*(cannot be read|changed since it was planned)"):
         list(corpus.read_documents(shard, CorpusSpec(), duplicates=NO_DUPLICATES))
+
+
+def put_rows(folder_uri, *doc_ids):
+    storage.write_parquet(f"{folder_uri}/a.parquet", rows(*doc_ids))
+    return storage.list_files(folder_uri, suffix=".parquet")[0]
+
+
+def test_rows_of_a_file_that_is_replaced_while_it_is_read_are_not_used(output):
+    """On a local disk and in S3: its length stays, its rows do not."""
+    put_rows(output, "a", "b", "c")
+    (shard,) = corpus.plan_shards(output, CorpusSpec())
+    reading = corpus.read_documents(shard, CorpusSpec(), duplicates=NO_DUPLICATES, batch_rows=1)
+    assert next(reading).good["doc_id"].to_list() == ["a"]
+    put_rows(output, "a", "x", "b")
+
+    with pytest.raises(ShardError, match="changed"):
+        list(reading)
+
+
+def test_rows_are_not_looked_for_in_another_version_of_a_file(output):
+    file = put_rows(output, "a", "b", "c")
+    assert len(corpus.shards_with_rows(file, np.array([2]))) == 1
+    put_rows(output, "c", "a")
+
+    with pytest.raises(ShardError, match=r"a\.parquet: changed since it was planned"):
+        corpus.shards_with_rows(file, np.array([2]))
+
+
+def test_an_inventory_is_of_the_version_that_it_is_named_by(output):
+    file, spec, inventories = put_rows(f"{output}/corpus", "a", "b"), CorpusSpec(), Inventories(root_uri=f"{output}/of")
+    put_rows(f"{output}/corpus", "a", "x")
+
+    with pytest.raises(ConfigError, match=r"a\.parquet: changed since it was planned"):
+        inventory.take([file], spec, inventories)
+
+    assert not inventories.exists(inventory.key_of(file, spec))
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("peer went away"), TimeoutError()])
