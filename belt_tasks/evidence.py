@@ -24,9 +24,11 @@ class ChunkEvidence:
 
     score_C: npt.NDArray[np.float64]
     contribution_C: npt.NDArray[np.float64]
+    order_C: npt.NDArray[np.float64]
+    """What ranks them, the most first."""
 
     def ranked(self, doc_offsets: Int64, *, most: int | None) -> list[npt.NDArray[np.void]]:
-        """Each document's chunks as rows of CHUNK, those that contribute most first, of equals the first chunk.
+        """Each document's chunks as rows of CHUNK, by their order, of equals the first chunk first.
 
         Args:
             doc_offsets: [D + 1], document d owns chunks doc_offsets[d] : doc_offsets[d + 1].
@@ -34,7 +36,7 @@ class ChunkEvidence:
         """
         num_chunks_D = np.diff(doc_offsets)
         doc_of_chunk_C = np.repeat(np.arange(len(num_chunks_D)), num_chunks_D)
-        order_C = np.lexsort((-self.contribution_C, doc_of_chunk_C))  # stable
+        order_C = np.lexsort((-self.order_C, doc_of_chunk_C))  # stable
         rows = np.empty(len(order_C), dtype=CHUNK)
         rows["position"] = order_C - doc_offsets[:-1][doc_of_chunk_C]
         rows["score"], rows["contribution"] = self.score_C[order_C], self.contribution_C[order_C]

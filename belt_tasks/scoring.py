@@ -138,18 +138,18 @@ def chunk_evidence(
         logit_C = logits_CL.gather(1, label_C1)[:, 0]
         is_softmaxed = head.task == "multiclass" and spec.pooling_space == "probabilities"
         pooled_C = score_C if is_softmaxed else logit_C
-    return ChunkEvidence(
-        score_C=score_C.numpy(),
-        contribution_C=pooling.contributions(
-            outputs_CK,
-            pooled_C,
-            logit_C if spec.pooling_space == "logits" else score_C,
-            doc_of_chunk_C,
-            torch.from_numpy(windows.new_tokens_C()),
-            num_documents=len(label_D),
-            spec=spec,
-        ).numpy(),
+    contribution_C = pooling.contributions(
+        outputs_CK,
+        pooled_C,
+        logit_C if spec.pooling_space == "logits" else score_C,
+        doc_of_chunk_C,
+        torch.from_numpy(windows.new_tokens_C()),
+        num_documents=len(label_D),
+        spec=spec,
     )
+    # under max losers contribute nothing, which may be more than a winner does: the next would win without it
+    order_C = pooled_C if spec.pooling_strategy == "max" else contribution_C
+    return ChunkEvidence(score_C=score_C.numpy(), contribution_C=contribution_C.numpy(), order_C=order_C.numpy())
 
 
 def resolve(checkpoint: Checkpoint, spec: ScoreSpec) -> ScoreSpec:

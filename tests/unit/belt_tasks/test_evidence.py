@@ -65,19 +65,34 @@ def test_contributions_add_up_to_what_was_pooled(task, strategy, space, num_toke
     most=st.none() | st.integers(1, 4),
     data=st.data(),
 )
-def test_chunks_are_ranked_by_what_they_contribute(num_chunks_D, most, data):
+def test_chunks_are_ranked_by_their_order(num_chunks_D, most, data):
     doc_offsets = np.concatenate([[0], np.cumsum(num_chunks_D)])
     few = st.sampled_from([-1.0, 0.0, 0.5, 2.0])
     num_chunks = sum(num_chunks_D)
     values = np.array(data.draw(st.lists(few, min_size=num_chunks, max_size=num_chunks)))
 
-    ranked = ChunkEvidence(score_C=values / 2, contribution_C=values).ranked(doc_offsets, most=most)
+    ranked = ChunkEvidence(score_C=values / 2, contribution_C=values, order_C=values).ranked(doc_offsets, most=most)
 
     for rows, first, stop in zip(ranked, doc_offsets[:-1], doc_offsets[1:], strict=True):
         best = sorted(range(stop - first), key=lambda i: (-values[first + i], i))[:most]
         assert rows["position"].tolist() == best
         assert rows["contribution"].tolist() == [values[first + i] for i in best]
         assert rows["score"].tolist() == [values[first + i] / 2 for i in best]
+
+
+@pytest.mark.parametrize("task", ["multilabel", "multiclass", "regression", "binary"])
+def test_the_winner_under_max_comes_first_also_where_it_speaks_against_the_label(task):
+    """Losers contribute nothing, which is more than what a negative logit does."""
+    windows = chunk_windows(np.array([50]), ChunkSpec(chunk_size=10, stride=10))
+    head, spec = Head(task=task, labels=LABELS[task]), PoolingSpec(pooling_strategy="max")
+    outputs_CK = torch.tensor([[-3.0], [-2.5], [-4.0], [-0.4], [-2.0]]).expand(5, head.num_logits)
+    label = 1 if task == "binary" else 0
+
+    said = chunk_evidence(outputs_CK, windows, np.array([label]), spec=spec, head=head)
+
+    (rows,) = said.ranked(windows.doc_offsets, most=3)
+    assert rows["position"].tolist() == [3, 4, 1]
+    assert rows["contribution"].tolist() == pytest.approx([-0.4, 0.0, 0.0])
 
 
 TEXTS = {"empty": "", "long": "  Zürich 🦊 " + words(70), "same": "  Zürich 🦊 " + words(70), "short": "the fox"}
