@@ -90,10 +90,15 @@ def check(table: TableRef) -> None:
 
 
 def shown_run(delta: DeltaTable) -> str | None:
-    """The run that the table shows: the last one that changed it."""
-    runs = (entry[RUN_ID] for entry in _history(delta, MOST_HISTORY) if RUN_ID in entry)
-    found = next(runs, None)
-    return None if found is None else str(found)
+    """The run that the table shows: the last one that changed it, or to which it was restored."""
+    commit = _shown_commit(delta)
+    return None if commit is None else str(commit[RUN_ID])
+
+
+def is_restored(delta: DeltaTable) -> bool:
+    """Whether it shows a run that it had shown before."""
+    commit = _shown_commit(delta)
+    return commit is not None and commit["operation"] == "RESTORE"
 
 
 def versions_by_run(table: TableRef) -> dict[str, int]:
@@ -194,6 +199,10 @@ def delta_errors(action: str) -> Iterator[None]:
         if "already exists at that location" in str(error):  # two runs made the table
             raise CommitFailedError(str(error)) from None
         raise object_stores.error_of(error, action) from None
+
+
+def _shown_commit(delta: DeltaTable) -> dict[str, Any] | None:
+    return next((entry for entry in _history(delta, MOST_HISTORY) if RUN_ID in entry), None)
 
 
 def _history(delta: DeltaTable, most: int | None = None) -> list[dict[str, Any]]:

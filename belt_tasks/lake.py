@@ -51,6 +51,8 @@ class Change:
     """Parquet files of the table's columns, each sorted by the key."""
     removed_uris: tuple[str, ...] = ()
     """Parquet files with a column of keys, each sorted by it: rows of these keys go where no new ones come."""
+    dropped_uris: tuple[str, ...] = ()
+    """The same; rows of these keys go also where those of removed keys are marked."""
     replaces_all: bool = False
     """Whether all rows of other keys go too."""
     marked_at: datetime | None = None
@@ -96,16 +98,17 @@ def commit(table: TableRef, change: Change, *, run_id: str, base_version: int | 
     old = [] if delta is None else _files(delta, table)
     new = [SortedFile.read(uri, table.key) for uri in change.new_uris]
     removed = [SortedFile.read(uri, table.key) for uri in change.removed_uris]
+    dropped = [SortedFile.read(uri, table.key) for uri in change.dropped_uris]
+    marked, gone = ([], [*removed, *dropped]) if change.marked_at is None else (removed, dropped)
     adds: list[AddAction] = []
     removes: list[RemoveAction] = []
     if change.replaces_all:
         removes, old = [file.remove_action() for file in old], []
     for group in _groups(old, table.uri):
-        new_here = [part for each in new if (part := each.within(group.lower, group.upper)).row_groups]
-        removed_here = [part for each in removed if (part := each.within(group.lower, group.upper)).row_groups]
-        if not widens and not new_here and not group.may_hold(removed_here):
+        keys = _Keys(new=group.own(new), gone=group.own(gone), marked=group.own(marked), marked_at=change.marked_at)
+        if not widens and not keys.new and not group.may_hold([*keys.gone, *keys.marked]):
             continue
-        adds += _rewrite(table, schema, group, new_here, removed_here, change.marked_at, run_id)
+        adds += _rewrite(table, schema, group, keys, run_id)
         removes += [file.remove_action() for file in group.files]
     _commit(table, delta, schema, adds, None if widens else removes, run_id)
     after = table.load()
@@ -166,6 +169,10 @@ class _Group:
     lower: str | None
     upper: str | None
 
+    def own(self, files: Sequence[SortedFile]) -> list[SortedFile]:
+        """The parts of some files whose keys the group owns."""
+        return [part for each in files if (part := each.within(self.lower, self.upper)).row_groups]
+
     def may_hold(self, keys: Sequence[SortedFile]) -> bool:
         """Whether some of the keys, all of which the group owns, may have rows in its files."""
         schema = pa.schema([(each.key, pa.string()) for each in keys[:1]])
@@ -203,33 +210,38 @@ def _groups(files: Sequence[_TableFile], where: str) -> list[_Group]:
     ]
 
 
-def _rewrite(
-    table: TableRef,
-    schema: pa.Schema,
-    group: _Group,
-    new: Sequence[SortedFile],
-    removed: Sequence[SortedFile],
-    marked_at: datetime | None,
-    run_id: str,
-) -> list[AddAction]:
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """What a run says of keys that a group owns."""
+
+    new: Sequence[SortedFile]
+    """Their rows."""
+    gone: Sequence[SortedFile]
+    marked: Sequence[SortedFile]
+    marked_at: datetime | None
+
+
+def _rewrite(table: TableRef, schema: pa.Schema, group: _Group, keys: _Keys, run_id: str) -> list[AddAction]:
     """Write a group's rows with a run's change, range by range."""
     old = [SortedFile.read(file.uri, table.key) for file in group.files]
-    sizes = [size for each in (*old, *new) for size in each.row_groups]
+    sizes = [size for each in (*old, *keys.new) for size in each.row_groups]
+    only_key = pa.schema([schema.field(table.key)])
     adds = []
     for lower, upper in sorted_files.ranges(sizes, group.lower, group.upper, num_rows=FILE_ROWS):
-        fresh = pa.concat_tables([schema.empty_table(), *(each.rows(lower, upper, schema) for each in new)])
-        kept = pa.concat_tables([schema.empty_table(), *(each.rows(lower, upper, schema) for each in old)])
-        keys = pa.schema([schema.field(table.key)])
-        gone = pa.concat_tables([keys.empty_table(), *(each.rows(lower, upper, keys) for each in removed)])[table.key]
+        fresh, kept = (_rows(files, lower, upper, schema) for files in (keys.new, old))
+        gone, marked = (_rows(files, lower, upper, only_key)[table.key] for files in (keys.gone, keys.marked))
         kept = kept.filter(pc.invert(_is_in(kept[table.key], fresh[table.key])))
-        if marked_at is None:
-            kept = kept.filter(pc.invert(_is_in(kept[table.key], gone)))
-        else:
-            kept = _marked(kept, _is_in(kept[table.key], gone), marked_at)
+        kept = kept.filter(pc.invert(_is_in(kept[table.key], gone)))
+        if keys.marked_at is not None:
+            kept = _marked(kept, _is_in(kept[table.key], marked), keys.marked_at)
         rows = pa.concat_tables([kept, fresh])
         rows = rows.sort_by([(name, "ascending") for name in (table.key, *table.order)])
         adds += [_write(table, part, run_id) for part in sorted_files.parts(rows, table.key, num_rows=FILE_ROWS)]
     return adds
+
+
+def _rows(files: Sequence[SortedFile], lower: str | None, upper: str | None, schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables([schema.empty_table(), *(each.rows(lower, upper, schema) for each in files)])
 
 
 def _is_in(keys: pa.ChunkedArray, others: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -15,6 +15,9 @@ from belt_tasks.specs import Head
 from belt_tasks.tokens import Tokens
 from belt_tasks.windows import Windows
 
+UNSCORED = "output_not_finite"
+"""Why a document that was fit for use has no prediction."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentScores:
@@ -85,7 +88,7 @@ def build(
         pl.lit(source_uri).alias("source_uri"),
         "row_index",
         "doc_id",
-        pl.lit("output_not_finite").alias("reason"),
+        pl.lit(UNSCORED).alias("reason"),
         pl.lit("the model's output for this document is not a finite number").alias("detail"),
     )
     return table.filter(pa.array(finite_D)).cast(data_contracts.arrow_schema("predictions")), rejected

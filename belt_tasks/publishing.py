@@ -103,6 +103,8 @@ class TableChange(Spec):
     """Whether nothing of those tables stays."""
     removed_path: str | None = None
     """Ids of documents that are gone."""
+    unscored_path: str | None = None
+    """Ids of documents that were scored anew and got no prediction: what they had goes, marked or not."""
     reread_path: str | None = None
     """Files whose rejected rows are found anew."""
     marked_at: str | None = None

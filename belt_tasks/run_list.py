@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Literal
 
-from belt_tasks import delta_tables, export, publishing, score_planning, storage
+from belt_tasks import delta_tables, export, publishing, score_planning, score_tables, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.score_tables import table_at
@@ -87,6 +87,9 @@ def earlier_steps(manifest: Manifest) -> list[Manifest]:
 def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
     """Show an earlier run again, by one commit that changes no history.
 
+    Where an earlier rollback to the present run was ended between the tables, it is completed instead, unless another
+    run is asked for.
+
     Args:
         output_uri: of `belt score`.
         run_id: the run to show; None is the one that was shown before the present one.
@@ -101,6 +104,10 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
     if not shown:
         raise ConfigError(f"{output_uri}: nothing was published there")
     now, *before = shown
+    late = score_tables.follow_back(_run(output_uri, now)) if run_id in (None, now) else None
+    if late is not None:
+        _export_again(output_uri)
+        return RolledBack(run_id=now, from_run_id=late, version=shown[now])
     names = [run for run in before if run != now]
     wanted = run_id if run_id is not None else next(iter(names), None)
     if wanted is None:
@@ -110,15 +117,15 @@ def roll_back(output_uri: str, run_id: str | None = None) -> RolledBack:
     if wanted not in shown:
         raise ConfigError(f"{output_uri}: run must be one that was shown: {', '.join(names)}; got {wanted!r}")
     version = delta_tables.restore(predictions, shown[wanted], run_id=wanted)
-    for name in ("evidence", "rejected"):
-        follower = table_at(output_uri, name)
-        found = follower.load()  # before predictions are looked at: once they show another run, its tables stay its own
-        versions = delta_tables.versions_by_run(follower)
-        if wanted in versions and _shown_run(output_uri) == wanted:
-            delta_tables.restore(follower, versions[wanted], run_id=wanted, now=found)
+    score_tables.follow_back(_run(output_uri, wanted))
+    _export_again(output_uri)
+    return RolledBack(run_id=wanted, from_run_id=now, version=version)
+
+
+def _export_again(output_uri: str) -> None:
+    """Where there is an export."""
     if export.read_export(output_uri) is not None:
         export.export_predictions(output_uri)
-    return RolledBack(run_id=wanted, from_run_id=now, version=version)
 
 
 def _shown_run(output_uri: str) -> str | None:

@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from belt_tasks import milestones, publishing, score_planning, score_tables, shard_scoring
+import polars as pl
+import pyarrow as pa
+
+from belt_tasks import milestones, publishing, score_planning, score_tables, shard_scoring, storage
 from belt_tasks.export import export_predictions
-from belt_tasks.publishing import Manifest
+from belt_tasks.predictions import UNSCORED
+from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.receipts import ShardReceipt, total
 from belt_tasks.score_planning import ScorePlan
 from belt_tasks.specs import CorpusSpec, ScoreSpec
+
+ONLY_ID = pa.schema([("doc_id", pa.string())])
 
 
 def score_corpus(
@@ -89,6 +95,8 @@ def complete(plan: ScorePlan, receipts: Sequence[ShardReceipt], *, corpus_uri: s
         change = change.model_copy(update={"marked_at": datetime.now(UTC).isoformat()})
     milestones.rows_rejected(plan.run.run_id, planned.counts + total(receipts), num_rows=plan.num_rows)
     plan.check_rejected_share(receipts)
+    if not change.replaces_all:
+        change = change.model_copy(update={"unscored_path": _write_unscored(plan.run, receipts)})
     return publishing.complete(
         plan.run,
         [planned, *receipts],
@@ -97,3 +105,16 @@ def complete(plan: ScorePlan, receipts: Sequence[ShardReceipt], *, corpus_uri: s
         started_at=started_at,
         change=change,
     )
+
+
+def _write_unscored(run: RunRef, receipts: Sequence[ShardReceipt]) -> str | None:
+    """Write the ids of documents for which the model gave no number; None where there are none."""
+    mine = [receipt for receipt in receipts if receipt.counts.rejected_by_reason.get(UNSCORED)]
+    uris = [storage.join(run.output_uri, file.path) for each in mine for file in each.files_of("rejected")]
+    if not uris:
+        return None
+    rows = [pl.DataFrame(storage.read_parquet(uri, columns=["doc_id", "reason"])) for uri in uris]
+    ids = pl.concat(rows).filter(pl.col("reason") == UNSCORED).select("doc_id").unique().sort("doc_id")
+    path = f"runs/{run.run_id}/unscored.parquet"
+    storage.write_parquet(storage.join(run.output_uri, path), ids.to_arrow().cast(ONLY_ID))
+    return path

@@ -6,7 +6,8 @@
     OUTPUT/tables/runs           one row per run that was shown, now or before
 
 The commit to predictions is the one that counts: it happens on the version that the run was planned on. The others
-follow it, and an attempt that is killed between them is completed before the next run is planned.
+follow it, and an attempt that is killed between them is completed before the next run is planned. So is a rollback:
+predictions show an earlier run again first, and evidence and rejected follow to their versions of it.
 """
 
 from collections.abc import Collection
@@ -20,7 +21,8 @@ import data_contracts
 from belt_tasks import delta_tables, lake, milestones, publishing, storage
 from belt_tasks.delta_tables import TableRef
 from belt_tasks.errors import ConfigError, ConflictError
-from belt_tasks.lake import Change, Committed
+from belt_tasks.lake import Change
+from belt_tasks.predictions import UNSCORED
 from belt_tasks.publishing import Manifest, RunRef
 from belt_tasks.specs import Spec
 
@@ -32,6 +34,8 @@ SORTED_BY = {
     "runs": ("run_id",),
 }
 """The columns of each published table that its rows are sorted by; the first is what runs replace rows by."""
+FOLLOWERS = ("evidence", "rejected")
+"""Tables that show the run that predictions show; in `runs` every run stays."""
 
 
 class PublishedTables(Spec):
@@ -112,6 +116,33 @@ def finish(output_uri: str) -> Shown | None:
     return now
 
 
+def follow_back(run: RunRef) -> str | None:
+    """Let evidence and rejected show a run again that predictions show again.
+
+    A table that was not there yet when the run was shown becomes empty.
+
+    Returns:
+        The run that one of them showed instead; None where none did.
+
+    Raises:
+        ConflictError: another run was shown meanwhile.
+        ConfigError: files of that version were removed since.
+    """
+    instead = None
+    for name in FOLLOWERS:
+        table = table_at(run.output_uri, name)
+        delta = table.load()  # before predictions are looked at: once they show another run, its tables stay its own
+        now = None if delta is None else delta_tables.shown_run(delta)
+        if delta is None or now == run.run_id or not _is_shown(run):
+            continue
+        instead, versions = now, delta_tables.versions_by_run(table)
+        if run.run_id in versions:
+            delta_tables.restore(table, versions[run.run_id], run_id=run.run_id, now=delta)
+        else:
+            lake.commit(table, Change(replaces_all=True), run_id=run.run_id, base_version=delta.version())
+    return instead
+
+
 def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None) -> PublishedTables:
     """Show a complete run; done again, nothing happens.
 
@@ -133,18 +164,22 @@ def publish_tables(run: RunRef, manifest: Manifest, *, base_version: int | None)
     if not storage.exists(row_uri):
         storage.write_parquet(row_uri, _row(manifest))
     _follow(run, table_at(run.output_uri, "runs"), Change(new_uris=(row_uri,)))
-    evidence = table_at(run.output_uri, "evidence")
-    if manifest.uris(run.output_uri, "evidence") or evidence.load() is not None:
-        _follow(run, evidence, _evidence_change(run, manifest))
-    rejected = _change(run, manifest, "rejected", manifest.change.reread_path)
-    _follow(run, table_at(run.output_uri, "rejected"), rejected)
+    now = predictions.load()
+    if now is not None and delta_tables.is_restored(now):
+        follow_back(run)  # the run's change was made for what they showed before it
+    else:
+        evidence = table_at(run.output_uri, "evidence")
+        if manifest.uris(run.output_uri, "evidence") or evidence.load() is not None:
+            _follow(run, evidence, _evidence_change(run, manifest))
+        rejected = _change(run, manifest, "rejected", manifest.change.reread_path)
+        _follow(run, table_at(run.output_uri, "rejected"), rejected)
     milestones.published(run.run_id, run.output_uri, version=committed.version, reused=committed.reused)
     return PublishedTables(predictions_uri=predictions.uri, version=committed.version, reused=committed.reused)
 
 
 def never_scored(now: Shown | None, files: Collection[str]) -> pl.Series:
     """Ids of documents of some files that were fit for use but have no prediction: the model gave no number."""
-    chosen = (pl.col("reason") == "output_not_finite") & pl.col("source_uri").is_in(list(files))
+    chosen = (pl.col("reason") == UNSCORED) & pl.col("source_uri").is_in(list(files))
     return _ids(now, "rejected", chosen)
 
 
@@ -166,10 +201,14 @@ def _ids(now: Shown | None, name: str, chosen: pl.Expr) -> pl.Series:
 def _change(
     run: RunRef, manifest: Manifest, table: str, removed_path: str | None, marked_at: datetime | None = None
 ) -> Change:
-    removed = () if removed_path is None else (storage.join(run.output_uri, removed_path),)
+    unscored_path = None if manifest.change is None or table == "rejected" else manifest.change.unscored_path
+    removed, dropped = (
+        () if path is None else (storage.join(run.output_uri, path),) for path in (removed_path, unscored_path)
+    )
     return Change(
         new_uris=tuple(manifest.uris(run.output_uri, table)),
         removed_uris=removed,
+        dropped_uris=dropped,
         replaces_all=manifest.change is not None and manifest.change.replaces_all,
         marked_at=marked_at,
     )
@@ -183,21 +222,24 @@ def _evidence_change(run: RunRef, manifest: Manifest) -> Change:
     return replace(change, removed_uris=(*change.removed_uris, *scored))
 
 
-def _follow(run: RunRef, table: TableRef, change: Change) -> Committed | None:
+def _follow(run: RunRef, table: TableRef, change: Change) -> None:
     """Change a table after predictions, on whatever version it has; not if predictions show another run by now."""
     for attempt in range(MOST_ATTEMPTS):
         delta = table.load()  # before predictions: once they show this run, the next one's commit comes after
-        predictions = table_at(run.output_uri, "predictions").load()
-        if predictions is None or delta_tables.shown_run(predictions) != run.run_id:
-            return None
+        if not _is_shown(run):
+            return
         try:
-            return lake.commit(
-                table, change, run_id=run.run_id, base_version=None if delta is None else delta.version()
-            )
+            lake.commit(table, change, run_id=run.run_id, base_version=None if delta is None else delta.version())
         except ConflictError:
             if attempt + 1 == MOST_ATTEMPTS:
                 raise
-    return None
+        else:
+            return
+
+
+def _is_shown(run: RunRef) -> bool:
+    predictions = table_at(run.output_uri, "predictions").load()
+    return predictions is not None and delta_tables.shown_run(predictions) == run.run_id
 
 
 def _row(manifest: Manifest) -> pa.Table:

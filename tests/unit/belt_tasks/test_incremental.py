@@ -1,20 +1,26 @@
 """Incremental scoring: whatever happens to a corpus, the published table is that of a full scoring of it."""
 
+import shutil
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 
-from belt_tasks import changes, delta_tables, score_tables
+from belt_tasks import changes, delta_tables, prepare, score_tables, shard_scoring
 from belt_tasks.checkpoint import load_checkpoint
 from belt_tasks.run_list import roll_back
 from belt_tasks.score_corpus import score_corpus
+from belt_tasks.score_tables import FOLLOWERS
 from belt_tasks.scoring import score_texts
 from belt_tasks.specs import ChunkSpec, ScoreSpec
 
-TEXTS = ["the quick brown fox", "the lazy dog sleeps", "", "a window covers some tokens " * 8, None]
+POISON = "no finite number comes of this"
+TEXTS = ["the quick brown fox", "the lazy dog sleeps", "", "a window covers some tokens " * 8, POISON, None]
 SIZES = [20, 30]
 Rows = list[tuple[str, str | None]]
 
@@ -26,7 +32,7 @@ NIGHTS = st.lists(
             "size": st.sampled_from(SIZES),
             "removed": st.sampled_from(["delete", "mark"]),
             "extra": st.sampled_from([{}, {}, {"full": True}, {"publish_every": 1}, {"publish_every": 3}]),
-            "rollback": st.booleans(),
+            "rollback": st.sampled_from([None, "whole", "cut", "cut and done again"]),
         }
     ),
     min_size=2,
@@ -53,6 +59,8 @@ def expected(files: dict[str, Rows]) -> tuple[dict[str, str], set[tuple[str, int
                 rejected.add((name, i, "doc_id_duplicate"))
             elif text is None:
                 rejected.add((name, i, "text_null"))
+            elif text == POISON:
+                rejected.add((name, i, "output_not_finite"))
             else:
                 texts[doc_id] = text
             seen.add(doc_id)
@@ -83,6 +91,56 @@ def check(output: str, files: dict[str, Rows], gone: set[str], size: int, logits
     assert len(put_aside) == len(rejected)
     known = set(score_tables.read_table(output, "runs")["run_id"])
     assert set(table["run_id"]) <= known
+    evidence = score_tables.read_table(output, "evidence")
+    assert set(evidence.select("doc_id", "run_id").rows()) == set(table.select("doc_id", "run_id").rows())
+
+
+class Interruption(BaseException):
+    """Stands for what ends a process between two tables."""
+
+
+def cut(patch) -> None:
+    """The next rollback ends after its first table."""
+    really, done = delta_tables.restore, []
+
+    def restore(*args, **more):
+        if done:
+            raise Interruption
+        done.append(args)
+        return really(*args, **more)
+
+    patch.setattr(delta_tables, "restore", restore)
+
+
+def rolled_back(output: str, how: str) -> str:
+    """Show the run before, in one go or not; returns which."""
+    if how == "whole":
+        return roll_back(output).run_id
+    with pytest.MonkeyPatch.context() as patch, suppress(Interruption):
+        cut(patch)
+        roll_back(output)
+    predictions = score_tables.table_at(output, "predictions").load()
+    run_id, tables = delta_tables.shown_run(predictions), [score_tables.table_at(output, name) for name in FOLLOWERS]
+    if how == "cut and done again" and any(delta_tables.shown_run(table.load()) != run_id for table in tables):
+        assert roll_back(output).run_id == run_id
+        assert {delta_tables.shown_run(table.load()) for table in tables} == {run_id}
+    return run_id
+
+
+def no_number_of_poison(patch) -> None:
+    """As of a model that overflows."""
+    (fingerprint,) = prepare.content_fingerprints(pl.Series([POISON]))
+    really = shard_scoring.score_block
+
+    def score_block(planned, *args):
+        scored = really(planned, *args)
+        if scored.scores is None:
+            return scored
+        is_poison_D = (planned.block.documents["content_fingerprint"] == fingerprint).to_numpy()
+        logits_DL = np.where(is_poison_D[:, None], np.nan, scored.scores.logits_DL)
+        return replace(scored, scores=replace(scored.scores, logits_DL=logits_DL))
+
+    patch.setattr(shard_scoring, "score_block", score_block)
 
 
 @settings(max_examples=35, deadline=None)
@@ -97,6 +155,7 @@ def test_a_table_is_that_of_a_full_scoring_whatever_happened(tmp_path_factory, t
     now: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(changes, "ROWS_AT_ONCE", 2)
+        no_number_of_poison(patch)
         for night in nights:
             for name, rows in night["files"].items():
                 if rows is None:
@@ -109,8 +168,10 @@ def test_a_table_is_that_of_a_full_scoring_whatever_happened(tmp_path_factory, t
 
             manifest = score_corpus(str(corpus), tiny_checkpoint, output, spec=asked)
 
-            present = set(expected(files)[0])
-            now = now | present if night["removed"] == "mark" else present
+            texts, rejected = expected(files)
+            present = set(texts)
+            unscored = {files[name][i][0] for name, i, reason in rejected if reason == "output_not_finite"}
+            now = (now | present) - unscored if night["removed"] == "mark" else present
             shown[manifest.run["run_id"]] = now
             check(output, files, now - present, night["size"], logits)
             again = score_corpus(str(corpus), tiny_checkpoint, output, spec=asked.model_copy(update={"full": False}))
@@ -119,5 +180,64 @@ def test_a_table_is_that_of_a_full_scoring_whatever_happened(tmp_path_factory, t
                 night["rollback"]
                 and len(delta_tables.versions_by_run(score_tables.table_at(output, "predictions"))) > 1
             ):
-                run_id = roll_back(output).run_id
+                run_id = rolled_back(output, night["rollback"])
                 now = shown.get(run_id) or set(score_tables.read_table(output, "predictions")["doc_id"])
+
+
+@pytest.mark.parametrize("removed", ["delete", "mark"])
+def test_what_a_document_had_goes_where_its_new_text_gets_no_score(
+    tmp_path, tiny_checkpoint, logits, monkeypatch, removed
+):
+    """It would be the prediction of another text; and it would stay where the document goes."""
+    no_number_of_poison(monkeypatch)
+    corpus, output = tmp_path / "corpus", str(tmp_path / "out")
+    files = {"a": [("d1", TEXTS[0]), ("d2", TEXTS[1])], "b": [("d3", TEXTS[0])]}
+    for name, rows in files.items():
+        write(corpus, name, rows)
+    score_corpus(str(corpus), tiny_checkpoint, output, spec=spec(removed=removed))
+    for rows in ([("d1", POISON), ("d2", TEXTS[1])], [("d2", TEXTS[1])]):
+        files["a"] = rows
+        write(corpus, "a", rows)
+
+        score_corpus(str(corpus), tiny_checkpoint, output, spec=spec(removed=removed))
+
+        check(output, files, set(), 30, logits)
+
+
+@pytest.mark.parametrize("how", ["cut", "cut and done again"])
+def test_a_rollback_that_was_ended_between_tables_is_completed(tmp_path, tiny_checkpoint, logits, how):
+    """By the next night, or by the same command: no table keeps what a run said that is not shown."""
+    corpus, output = tmp_path / "corpus", str(tmp_path / "out")
+    first = {"a": [("d1", TEXTS[0]), ("d2", TEXTS[1])], "b": [("d3", TEXTS[0])]}
+    second = first | {"a": [("d1", TEXTS[0]), ("d2", TEXTS[0])]}  # a small step: not all is replaced
+    third = second | {"b": [("d3", TEXTS[1]), ("d4", None)]}
+    for files in (first, second, third):
+        for name, rows in files.items():
+            write(corpus, name, rows)
+        score_corpus(str(corpus), tiny_checkpoint, output, spec=spec())
+
+    rolled_back(output, how)
+    for name, rows in second.items():
+        write(corpus, name, rows)
+    score_corpus(str(corpus), tiny_checkpoint, output, spec=spec())
+
+    check(output, second, set(), 30, logits)
+
+
+def test_a_run_without_evidence_is_shown_again_without_any(tmp_path, tiny_checkpoint, logits):
+    """Also where its own files are gone, which nobody needs then."""
+    corpus, output = tmp_path / "corpus", str(tmp_path / "out")
+    files = {"a": [("d1", TEXTS[0])], "b": [("d2", TEXTS[1])]}
+    for name, rows in files.items():
+        write(corpus, name, rows)
+    bare = score_corpus(str(corpus), tiny_checkpoint, output, spec=spec(evidence="none"))
+    score_corpus(str(corpus), tiny_checkpoint, output, spec=spec(full=True))
+    shutil.rmtree(Path(output) / "runs" / bare.run["run_id"] / "predictions")
+
+    assert rolled_back(output, "cut") == bare.run["run_id"]
+    score_corpus(str(corpus), tiny_checkpoint, output, spec=spec(evidence="none"))
+
+    assert len(score_tables.read_table(output, "evidence")) == 0
+    assert set(score_tables.read_table(output, "predictions")["run_id"]) == {bare.run["run_id"]}
+    score_corpus(str(corpus), tiny_checkpoint, output, spec=spec(full=True))
+    check(output, files, set(), 30, logits)
