@@ -1,12 +1,11 @@
 """Watching a corpus: whether its files are those of the last look, without reading them.
 
-SEEN_URI/CORPUS/CORPUS_VERSION.json    this version has been told of, or was the first
+SEEN_URI/CORPUS.json    the last version that somebody was told of, or the first
 """
-
-import json
 
 from belt_tasks import inventory, publishing, storage
 from belt_tasks.specs import CorpusSpec, Spec
+from belt_tasks.stored import read_json
 
 
 class CorpusVersion(Spec):
@@ -16,12 +15,25 @@ class CorpusVersion(Spec):
     data_version: str
     """16 hex digits: the same files in the same versions have the same."""
     num_files: int
-    is_first: bool
-    """Whether no version of the corpus was seen before it: there is nothing that it could differ from."""
+    number: int
+    """How many versions were seen before it, one that came back as often as it did."""
     is_new: bool
-    """Whether nobody was told of it yet."""
+    """Whether it differs from the last one that was seen."""
     seen_uri: str
-    """Whose presence means that somebody was."""
+    """Where the last one is noted."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether there is nothing that it could differ from."""
+        return self.number == 0
+
+
+class _Seen(Spec):
+    """The last version that was seen."""
+
+    corpus_uri: str
+    data_version: str
+    number: int
 
 
 def look_at(corpus_uri: str, seen_uri: str, corpus: CorpusSpec) -> CorpusVersion:
@@ -33,24 +45,26 @@ def look_at(corpus_uri: str, seen_uri: str, corpus: CorpusSpec) -> CorpusVersion
         corpus: columns and split.
 
     Raises:
-        ConfigError: there is no such corpus, or it has no files.
+        ConfigError: there is no such corpus, or it has no files; or what was noted of it cannot be read.
     """
     files = storage.list_files(corpus_uri, suffix=".parquet")
     keys = sorted(inventory.key_of(file, corpus) for file in files)
     data_version = publishing.digest_of(corpus_uri=corpus_uri, keys=keys)
-    folder_uri = storage.join(seen_uri, publishing.digest_of(corpus_uri=corpus_uri))
-    marker_uri = storage.join(folder_uri, f"{data_version}.json")
+    noted_uri = storage.join(seen_uri, f"{publishing.digest_of(corpus_uri=corpus_uri)}.json")
+    last = read_json(noted_uri, _Seen, "what was seen of a corpus") if storage.exists(noted_uri) else None
+    is_new = last is None or last.data_version != data_version
+    number = 0 if last is None else last.number + is_new
     return CorpusVersion(
         corpus_uri=corpus_uri,
         data_version=data_version,
         num_files=len(files),
-        is_first=not storage.is_directory(folder_uri),
-        is_new=not storage.exists(marker_uri),
-        seen_uri=marker_uri,
+        number=number,
+        is_new=is_new,
+        seen_uri=noted_uri,
     )
 
 
 def remember(version: CorpusVersion) -> None:
     """Note that somebody was told of a version."""
-    told = {"corpus_uri": version.corpus_uri, "num_files": version.num_files}
-    storage.write_bytes(version.seen_uri, (json.dumps(told) + "\n").encode())
+    seen = _Seen(corpus_uri=version.corpus_uri, data_version=version.data_version, number=version.number)
+    storage.write_bytes(version.seen_uri, (seen.model_dump_json() + "\n").encode())

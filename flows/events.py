@@ -8,12 +8,16 @@ Prefect's server keeps them, and a deployment's trigger names them:
 An event's id is derived from what it tells, so that the server keeps a repeated event once.
 """
 
+from datetime import UTC, datetime
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from prefect.events import emit_event
-from prefect.events.worker import EventsWorker
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.events import Event
+from prefect.runtime import flow_run
 
+from belt_tasks.errors import TransientError
 from belt_tasks.report import ScoreReport
 from belt_tasks.watch import CorpusVersion
 
@@ -44,6 +48,9 @@ def announce_drift(report: ScoreReport) -> None:
 
     Args:
         report: of a run that has drifted.
+
+    Raises:
+        TransientError: the server did not take it.
     """
     if report.drift is None:
         raise AssertionError("drift is what a run without a reference cannot have")
@@ -66,22 +73,36 @@ def announce_drift(report: ScoreReport) -> None:
 
 
 def announce_labels(version: CorpusVersion) -> None:
-    """Emit `belt.labels` for a version of a corpus."""
+    """Emit `belt.labels` for a version of a corpus.
+
+    Raises:
+        TransientError: the server did not take it.
+    """
     _emit(
         LABELS,
         corpus_resource_id(version.corpus_uri),
         version.corpus_uri,
         role="corpus",
-        told=version.seen_uri,
+        told=f"{version.seen_uri} {version.number} {version.data_version}",
         payload={"data_version": version.data_version, "num_files": version.num_files},
     )
 
 
 def _emit(event: str, resource: str, name: str, *, role: str, told: str, payload: dict[str, Any]) -> None:
-    emit_event(
-        event,
+    """Post an event and see that it was taken: Prefect's own way to emit sends it later, and loses it in silence."""
+    run_id = flow_run.get_id()
+    sent = Event(
+        event=event,
+        occurred=datetime.now(UTC),
         resource={"prefect.resource.id": resource, "prefect.resource.name": name, "prefect.resource.role": role},
+        related=[]
+        if run_id is None
+        else [{"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.role": "flow-run"}],
         payload=payload,
         id=uuid5(NAMESPACE_URL, f"{event} {told}"),
     )
-    EventsWorker.instance().drain()  # a thread sends it: until then a kill would lose it
+    try:
+        with get_client(sync_client=True) as client:
+            client.request("POST", "/events", json=[sent.model_dump(mode="json")])
+    except httpx.HTTPError as error:
+        raise TransientError(f"the Prefect server was not told of {event}: {error or type(error).__name__}") from error

@@ -19,11 +19,11 @@ def watch(
     """Emit the event `belt.labels` for each new version of a corpus; the files are listed, not read.
 
     The first version is noted without an event. For each other the event is emitted at least once: a version counts as
-    seen after its event was sent.
+    seen after its event was taken. One that comes back is told of again.
 
     Args:
         corpus_uri: a Parquet file, a directory of them or a glob; any fsspec URL.
-        seen_uri: directory in which it is noted which versions were seen.
+        seen_uri: directory in which it is noted which version was seen last.
         corpus: columns and split.
         storage_block: a Prefect Secret block with the options of object stores; None takes those of the environment.
         time_limit_s: seconds after which it ends, to be taken up again by the next attempt; None is no limit.

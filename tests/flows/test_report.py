@@ -158,7 +158,7 @@ match when:
     case "tables shown":
         report._left_out = kill
     case "pages written":
-        events.emit_event = kill
+        events._emit = kill
     case "event sent":
         storage.write_bytes = lambda uri, data: kill() if uri.endswith("report.json") else really(uri, data)
 score(corpus, checkpoint, output, CorpusSpec(), SPEC, drift=LIMITS)
