@@ -234,8 +234,8 @@ def promotion_summary(promotion: Promotion) -> str:
         "held": "stays the challenger: not every check passed",
         "rejected": "is rejected; the champion stays",
         "declined": "was declined; the champion stays",
-        "taken back": "was made the champion by this very decision before, and somebody took it back: that stays so. "
-        "`belt models assign` makes it the champion all the same",
+        "taken back": "was the champion before, and somebody took it back: that stays so until a person approves of it "
+        "by a new decision. `belt models assign` makes it the champion all the same",
         "champion already": "is the champion already, so nothing was measured",
     }
     entry = promotion.entry

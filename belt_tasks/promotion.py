@@ -135,17 +135,26 @@ def decide_promotion(
     return record
 
 
-def promote(plan: PromotionPlan, record: DecisionRecord, *, who: str, why: str) -> Promotion:
+def promote(plan: PromotionPlan, record: DecisionRecord, *, who: str, why: str, is_approved: bool = False) -> Promotion:
     """Make the challenger the champion, if the champion is still the one that it was measured against.
 
-    A decision that was carried out before and taken back by somebody stays so.
+    A challenger that was the champion before and was taken back by somebody stays so, unless a person approves of it;
+    a decision that was carried out before is not carried out again in any case.
+
+    Args:
+        plan: who was measured against whom.
+        record: the decision.
+        who: a person or a flow.
+        why: in words.
+        is_approved: whether a person said so.
 
     Raises:
         ConflictError: somebody else is the champion by now; nothing was changed.
     """
     entries = registry.history(plan.registry_uri)
     done = registry.carried_out(entries, CHAMPION, record.id)
-    if done is not None and done != registry.aliases(entries)[CHAMPION]:
+    is_undone = done is not None and done != registry.aliases(entries)[CHAMPION]
+    if is_undone or (registry.was_taken_back(entries, CHAMPION, plan.challenger.digest) and not is_approved):
         return _outcome(plan, "taken back", record, None)
     entry = registry.assign(
         plan.registry_uri,

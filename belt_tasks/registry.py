@@ -117,6 +117,12 @@ def carried_out(entries: Sequence[Entry], alias: str, decision: str) -> Entry | 
     return next((entry for entry in entries if entry.alias == alias and entry.decision == decision), None)
 
 
+def was_taken_back(entries: Sequence[Entry], alias: str, digest: str) -> bool:
+    """Whether an alias was at a checkpoint, and whoever moved it away last did so without a decision."""
+    moves = [entry for entry in entries if entry.alias == alias and digest in (entry.from_digest, entry.to_digest)]
+    return bool(moves) and moves[-1].from_digest == digest and moves[-1].decision is None
+
+
 def assign(
     registry_uri: str,
     alias: str,

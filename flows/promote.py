@@ -59,7 +59,7 @@ def promote(
             answer = approvals.ask(record)
             if not answer.approve:
                 return promotion.leave(plan, record, is_declined=True)
-            return tasks.promote(plan, record, who=answer.who, why=answer.reason)
+            return tasks.promote(plan, record, who=answer.who, why=answer.reason, is_approved=True)
         if record.decision != "promote":
             return promotion.leave(plan, record)
         return tasks.promote(plan, record, who=who, why=record.why)

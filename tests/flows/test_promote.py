@@ -110,7 +110,7 @@ def test_what_is_not_better_is_held_and_what_is_worse_rejected(run, models, mode
     assert registry.find(poor, "champion").to_digest == digest(models["poor"])
 
 
-def test_what_a_person_took_back_stays_so_until_there_is_another_decision(run, models, models_uri):
+def test_what_a_person_took_back_stays_so_whatever_is_measured_then(run, models, models_uri):
     run("poor")
     first = run("good")
     registry.roll_back(models_uri, "champion", who="bob", why="too slow")
@@ -120,7 +120,25 @@ def test_what_a_person_took_back_stays_so_until_there_is_another_decision(run, m
     assert (again.outcome, again.entry, again.decision) == ("taken back", None, first.decision)
     assert registry.find(models_uri, "champion").to_digest == digest(models["poor"])
     other = run("good", gate=GATE.model_copy(update={"resampling_seed": 1}))
-    assert other.outcome == "promoted"
+    assert (other.outcome, other.record.decision, other.entry) == ("taken back", "promote", None)
+    run("other")
+    registry.put_alias(models_uri, "champion", digest(models["other"]), who="bob", why="quicker")
+    assert run("good", gate=GATE.model_copy(update={"min_recall": 0.0})).outcome == "taken back"
+    registry.put_alias(models_uri, "champion", digest(models["good"]), who="bob", why="after all")
+    assert run("good").outcome == "champion already"
+
+
+def test_a_person_may_approve_of_what_was_taken_back(run, held_out, models, models_uri, tmp_path):
+    run("poor")
+    run("good")
+    registry.roll_back(models_uri, "champion", who="bob", why="too slow")
+    record = run("good", gate=GATE.model_copy(update={"resampling_seed": 1})).record
+    plan = promotion.plan_promotion(models["good"], models_uri, held_out, str(tmp_path / "out"), GATE, "x")
+
+    told = promotion.promote(plan, record, who="eve", why="quick enough", is_approved=True)
+
+    assert told.outcome == "promoted"
+    assert registry.find(models_uri, "champion").to_digest == digest(models["good"])
 
 
 def test_the_speed_of_a_model_is_that_of_all_documents_that_it_read(held_out, models, tmp_path):
