@@ -29,7 +29,11 @@ DEPLOYMENTS = {
     "watch/watch-labels",
     "maintain/maintenance",
 }
-OURS = {"belt: a run that crashed goes on", "belt: a run whose process is gone goes on"}
+OURS = {
+    "belt: a run that crashed goes on",
+    "belt: a run that crashes again and again is cancelled",
+    "belt: a run whose process is gone goes on",
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,7 @@ def test_deployed_twice_everything_is_there_once(deployed, client):
         assert "{{" not in str(each.parameters)
     assert sorted(each.name for each in client.read_automations()) == [
         "belt: a run that crashed goes on",
+        "belt: a run that crashes again and again is cancelled",
         "belt: a run whose process is gone goes on",
         "belt: fine-tuned, so promote",
         "belt: new labels, so fine-tune",
@@ -216,5 +221,5 @@ def test_what_is_missing_is_named(deployed):
 
 
 def test_automations_that_tell_somebody_need_a_block():
-    assert len(automations(None)) == 2
-    assert len(automations("11111111-1111-1111-1111-111111111111")) == 4
+    assert len(automations(None)) == 3
+    assert len(automations("11111111-1111-1111-1111-111111111111")) == 6

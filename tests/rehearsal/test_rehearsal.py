@@ -8,6 +8,7 @@ import itertools
 import json
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ import polars as pl
 import psutil
 import pytest
 from playwright.sync_api import BrowserContext, Page
+from prefect import flow
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 
 from belt_tasks import registry, score_tables, storage
 from belt_tasks.score_corpus import score_corpus
@@ -143,7 +146,7 @@ def test_a_stack_that_runs_is_brought_up_to_date_and_nothing_doubles(rehearsal, 
     assert Counter(each.name for each in deployments) == Counter(
         ["promote", *(name.partition("/")[2] for name in DEPLOYMENTS)]
     )
-    assert len({each.name for each in automations}) == len(automations) == 7
+    assert len({each.name for each in automations}) == len(automations) == 9
     with pytest.raises(AssertionError, match=r"--server-port: the services run with .*, got 1; stop them first"):
         rehearsal.make("up", "--server-port", "1")
 
@@ -332,6 +335,29 @@ def test_who_wants_to_be_told_is_told_of_a_run_that_nobody_takes(rehearsal, rece
 
     assert receiver.subjects_of(run.name) == ["belt: preview is Late"]
     rehearsal.wait(run_id, "Completed")
+
+
+def test_a_run_whose_process_never_begins_is_told_of_and_cancelled(rehearsal, receiver):
+    """As with a library that is missing: belt itself, which counts its attempts, has no part in it."""
+
+    @flow(name="preview")
+    def begins_nowhere() -> None:
+        """It has no pool: nobody takes its runs."""
+
+    with temporary_settings({PREFECT_API_URL: rehearsal.stack.api_url}):
+        deployment_id = begins_nowhere.to_deployment("nowhere", tags=["belt"]).apply()
+    run = rehearsal.ask(lambda client: client.create_flow_run_from_deployment(deployment_id, tags=["belt"]))
+    for _ in range(18):  # the server may carry out the sixth crash's two actions in either order, and counts anew then
+        rehearsal.ask(lambda client: client.set_flow_run_state(run.id, Crashed(), force=True))
+        wait_until(lambda: rehearsal.run(run.id).state.name != "Crashed", rehearsal.logs)
+        time.sleep(1)
+        if rehearsal.run(run.id).state.name == "Cancelled":
+            break
+
+    rehearsal.wait(run.id, "Cancelled")
+    wait_until(lambda: receiver.subjects_of(run.name))
+    assert set(receiver.subjects_of(run.name)) == {"belt: preview crashes again and again"}
+    rehearsal.ask(lambda client: client.delete_deployment(deployment_id))
 
 
 def test_a_run_whose_machine_was_lost_is_noticed_and_goes_on(rehearsal, lost):
