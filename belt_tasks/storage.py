@@ -419,9 +419,9 @@ def is_directory(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """The same place, independent of the working directory of whoever reads it later."""
+    """The same place by its one name, independent of the working directory of whoever reads it later."""
     filesystem, path = _resolve(uri)
-    return path if isinstance(filesystem, LocalFileSystem) else uri
+    return path if isinstance(filesystem, LocalFileSystem) else join(uri)
 
 
 def delta_options(uri: str) -> dict[str, str]:
@@ -478,6 +478,8 @@ def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if protocol in object_stores.FAMILIES:
         if {".", ".."} & set(path.split("/")):
             raise ConfigError(f"{uri}: '.' and '..' lead nowhere in an object store; write the path without them")
+        if "//" in path.strip("/"):
+            raise ConfigError(f"{uri}: two slashes in a row lead nowhere in an object store; write one")
         return object_stores.filesystem(protocol), path.rstrip("/")
     try:
         filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(uri))  # noqa: PTH111 - a URI, not yet a path

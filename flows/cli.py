@@ -96,6 +96,7 @@ from flows.options import (
     Who,
     WrongUsageError,
     build,
+    check_whole,
     option,
     read_config,
 )
@@ -509,6 +510,7 @@ def promote(
     with user_errors():
         sections = read_config(config, sections=("corpus", "spec", "gate"))
         columns = build(specs.CorpusSpec, options, sections, section="corpus")
+        check_whole(sections, "spec", chunks=specs.ChunkSpec, pooling=specs.PoolingSpec)
         spec = build(specs.ScoreSpec, options, sections, section="spec")
         gate = build(specs.GateSpec, options, sections, section="gate")
         with running():

@@ -77,7 +77,7 @@ class DeploySettings(BaseSettings):
             ConfigError: a place is none that belt knows.
         """
         values = self.model_dump(exclude={"storage_options", "alert_block"})
-        values["checkpoint_uri"] = self.checkpoint_uri or f"{self.models_uri}/registry@champion"
+        values["checkpoint_uri"] = self.checkpoint_uri or storage.join(self.models_uri, "registry@champion")
         for name, value in values.items():
             if name.endswith("_uri"):  # as runs name them in the events that triggers wait for, wherever they run
                 values[name] = storage.absolute(value)

@@ -32,7 +32,12 @@ def prefect_checks(storage_block: str | None) -> list[Check]:
     """
     url = PREFECT_API_URL.value()
     if url is None:
-        return [("Prefect server", check_no_server)]
+        named = (
+            []
+            if storage_block is None
+            else [(f"storage block {storage_block}", functools.partial(check_no_block, storage_block))]
+        )
+        return [("Prefect server", check_no_server), *named]
     checks: list[Check] = [("Prefect server", functools.partial(check_server, url))]
     checks += [(f"work pool {name}", functools.partial(check_work_pool, name)) for name in WORK_POOLS]
     if storage_block is not None:
@@ -44,6 +49,13 @@ def check_no_server() -> Finding:
     """No server is named."""
     found = "none is named (PREFECT_API_URL): each command has a private one while it runs"
     return Finding(check="Prefect server", status="ok", found=found)
+
+
+def check_no_block(name: str) -> Finding:
+    """A block is named, but no server that could have it."""
+    found = "no server is named that has it: the places below were looked at with what the environment says"
+    advice = "set PREFECT_API_URL to the server that has the block"
+    return Finding(check=f"storage block {name}", status="problem", found=found, advice=advice)
 
 
 def check_server(url: str) -> Finding:

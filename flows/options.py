@@ -211,6 +211,22 @@ def read_config(path: Path | None, *, sections: tuple[str, ...]) -> dict[str, di
     return {name: section or {} for name, section in content.items()}
 
 
+def check_whole(config: dict[str, dict[str, Any]], section: str, **nested: type[specs.Spec]) -> None:
+    """Refuse nested specs of a config file that leave something to a checkpoint, where there is more than one.
+
+    Raises:
+        WrongUsageError: fields are missing.
+    """
+    for name, spec in nested.items():
+        given = config.get(section, {}).get(name)
+        missing = [field for field in spec.model_fields if isinstance(given, dict) and given and field not in given]
+        if missing:
+            raise WrongUsageError(
+                f"{section}.{name}: two checkpoints are compared, so it must say all of it or be left out; lacks "
+                f"{', '.join(missing)}"
+            )
+
+
 def build(
     spec: type[SpecT],
     options: dict[str, Any],

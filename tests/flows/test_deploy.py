@@ -168,7 +168,7 @@ def test_those_who_want_to_be_told_are(deployed, client):
 
     actions = {each.name: each.actions[0].type for each in client.read_automations()}
     assert sorted(actions.values()) == sorted(
-        ["change-flow-run-state"] * 2 + ["send-notification"] * 2 + ["run-deployment"] * 3
+        ["change-flow-run-state"] * 2 + ["cancel-flow-run"] + ["send-notification"] * 3 + ["run-deployment"] * 3
     )
     with pytest.raises(ConfigError, match=r"no block 'slack-webhook/nobody' on this Prefect server"):
         deploy(DeploySettings(**settings, alert_block="slack-webhook/nobody"))
@@ -208,6 +208,17 @@ def test_a_place_has_one_name_in_parameters_and_triggers(written, site, tmp_path
 
     assert environment["BELT_OUTPUT_URI"] == f"{tmp_path}/out"
     assert environment["BELT_ENCODER"] == site["BELT_ENCODER"]
+
+
+def test_a_slash_at_the_end_leads_to_the_same_place(site, monkeypatch):
+    for name, value in (site | {"BELT_MODELS_URI": "s3://b/models/", "BELT_OUTPUT_URI": "s3://b/out/"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("BELT_CHECKPOINT_URI", raising=False)
+
+    environment = read_settings().environment()
+
+    assert (environment["BELT_MODELS_URI"], environment["BELT_OUTPUT_URI"]) == ("s3://b/models", "s3://b/out")
+    assert environment["BELT_CHECKPOINT_URI"] == "s3://b/models/registry@champion"
 
 
 def test_what_is_missing_is_named(deployed):

@@ -93,6 +93,17 @@ def test_no_server_is_no_problem(tmp_path):
     assert done.stdout.splitlines()[-1].endswith("problem: 0")
 
 
+def test_a_block_without_a_server_is_a_problem(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment["PREFECT_HOME"] = str(tmp_path / "home")
+    command = [BELT, "doctor", "--storage-block", "ours"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "storage block ours" in done.stdout
+    assert "no server is named that has it" in " ".join(done.stdout.split())
+
+
 def test_a_server_that_does_not_answer_is_a_problem():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

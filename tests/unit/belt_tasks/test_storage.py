@@ -120,7 +120,7 @@ def test_local_files_are_named_by_their_absolute_plain_path(tmp_path, monkeypatc
     assert file.uri == str(tmp_path / "corpus" / "a.parquet")
     assert storage.list_files(f"file://{tmp_path}/corpus", suffix=".parquet") == [file]
     assert storage.absolute("corpus") == str(tmp_path / "corpus")
-    assert storage.absolute("memory://corpus") == "memory://corpus"
+    assert storage.absolute("memory://corpus") == storage.absolute("memory://corpus/") == "memory://corpus"
 
 
 def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
@@ -381,6 +381,16 @@ def test_an_address_of_no_place_is_refused(uri):
 def test_a_path_of_an_object_store_goes_nowhere_else(path):
     for call in (storage.absolute, storage.exists, storage.check_writable, storage.read_bytes):
         with pytest.raises(ConfigError, match=r"^s3://bucket/.*: '\.' and '\.\.' lead nowhere in an object store"):
+            call(f"s3://bucket/{path}")
+
+
+@pytest.mark.parametrize("path", ["a//b", "a/b//", "//a"])
+def test_a_name_of_an_object_store_is_not_empty(path):
+    if path == "a/b//":
+        assert storage.absolute(f"s3://bucket/{path}") == "s3://bucket/a/b"
+        return
+    for call in (storage.absolute, storage.exists, storage.check_writable, storage.read_bytes):
+        with pytest.raises(ConfigError, match=r"^s3://bucket/.*: two slashes in a row lead nowhere in an object store"):
             call(f"s3://bucket/{path}")
 
 

@@ -437,6 +437,17 @@ def test_a_gate_that_cannot_be(options, message):
     assert re.fullmatch(f"Error: {message}\n", said), said
 
 
+def test_windows_of_two_checkpoints_are_said_whole_or_not_at_all(tmp_path):
+    """What is left out would be the default's, and neither checkpoint's own."""
+    (tmp_path / "c.yaml").write_text("spec: {chunks: {stride: 100}}")
+    arguments = ["corpus", "--challenger", "c", "--registry", "r", "--output", "o", "--config", tmp_path / "c.yaml"]
+
+    code, _, said = belt("promote", *arguments)
+
+    assert code == 2
+    assert re.match("Error: spec.chunks: two checkpoints are compared, so .* lacks chunk_size, ", said), said
+
+
 def test_a_limit_of_the_gate_may_be_lifted():
     gate = build(specs.GateSpec, {"max_recall_drop": "none", "min_gain": "0.01"}, {}, section="gate")
 
