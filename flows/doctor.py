@@ -32,12 +32,10 @@ def prefect_checks(storage_block: str | None) -> list[Check]:
     """
     url = PREFECT_API_URL.value()
     if url is None:
-        named = (
-            []
-            if storage_block is None
-            else [(f"storage block {storage_block}", functools.partial(check_no_block, storage_block))]
-        )
-        return [("Prefect server", check_no_server), *named]
+        found: list[Check] = [("Prefect server", check_no_server)]
+        if storage_block is not None:
+            found.append((f"storage block {storage_block}", functools.partial(check_no_block, storage_block)))
+        return found
     checks: list[Check] = [("Prefect server", functools.partial(check_server, url))]
     checks += [(f"work pool {name}", functools.partial(check_work_pool, name)) for name in WORK_POOLS]
     if storage_block is not None:
