@@ -5,6 +5,7 @@
   so do evaluations.
 - Inventories of files that no remaining run knows.
 - Files of the tables that no version refers to; older versions can be gone back to for 30 days.
+- Temporary files of processes that were killed.
 
 Nothing is touched that changed after the limit, so that a run under way is safe however slow it is, as long as it was
 taken up, or finished a shard, within the limit.
@@ -23,6 +24,7 @@ from belt_tasks.storage import StoredFile
 TAKEN_IN = (
     "plan.json",
     "removed.parquet",
+    "unscored.parquet",
     "reread.parquet",
     "rows/",
     "receipts/",
@@ -95,6 +97,13 @@ def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -
         expired = set(delta_tables.expired_files(table))
         left = [file for file in _files(table.uri) if file.uri in expired and file.changed_at < limit]
         found[f"table {name}, what no version refers to"] = left
+    known = {file.uri for files in found.values() for file in files}
+    found["temporary files of processes that were killed"] = [
+        file
+        for folder in ("runs", "inventory", "tables", "export")
+        for file in _files(storage.join(output_uri, folder))
+        if storage.is_temporary(file.uri) and file.changed_at < limit and file.uri not in known
+    ]
     if not dry_run:
         removed = [file for files in found.values() for file in files]
         first = [file.uri for file in removed if file.uri.rpartition("/")[2] in FIRST]

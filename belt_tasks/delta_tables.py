@@ -46,15 +46,15 @@ class TableRef:
                 return None
 
 
-def scan(table: TableRef) -> pl.LazyFrame | None:
-    """The table's rows as they are now, in the columns of the contract; None where there is none.
+def scan(table: TableRef, version: int | None = None) -> pl.LazyFrame | None:
+    """The table's rows as they are now, or were, in the columns of the contract; None where there is none.
 
     Columns that the table does not have yet are null, and those that only a later contract has are left out.
 
     Raises:
         ConfigError: its columns are not those of the contract.
     """
-    delta = table.load()
+    delta = table.load(version)
     if delta is None:
         return None
     checked(table, delta, may_have_more=True)

@@ -101,7 +101,7 @@ def labelled_scores(
     run = RunRef(output_uri=manifest.run["output_uri"], run_id=manifest.run["run_id"])
     head = plan.head
     labelled, rejected_by_reason = _read_labels(plan, corpus, run.existing_duplicates_uri())
-    predicted = _scores(_read_published(run.output_uri) if is_published else _read_written(run.output_uri, manifest))
+    predicted = _scores(_read_published(run) if is_published else _read_written(run.output_uri, manifest))
     joined = labelled.join(predicted, on="doc_id", how="inner").sort("doc_id")
     if len(joined) == 0:
         labels = ", ".join([*head.labels[:MOST_LABELS], *(["..."] if len(head.labels) > MOST_LABELS else [])])
@@ -142,8 +142,10 @@ def _read_labels(
     return pl.concat(good), dict(counts.iter_rows())
 
 
-def _read_published(output_uri: str) -> pl.DataFrame:
-    frame = score_tables.read_table(output_uri, "predictions", columns=[*PREDICTED, "removed_at"])
+def _read_published(run: RunRef) -> pl.DataFrame:
+    """As the run left the table: another may have been published since."""
+    columns = [*PREDICTED, "removed_at"]
+    frame = score_tables.read_table(run.output_uri, "predictions", columns=columns, run_id=run.run_id)
     return frame.filter(pl.col("removed_at").is_null())
 
 

@@ -69,14 +69,26 @@ def table_at(output_uri: str, name: str) -> TableRef:
     return TableRef(uri=storage.join(output_uri, "tables", name), name=name, key=key, order=tuple(order))
 
 
-def read_table(output_uri: str, name: str, *, columns: list[str] | None = None) -> pl.DataFrame:
-    """A published table as it is now, sorted; for results that fit in memory.
+def read_table(
+    output_uri: str, name: str, *, columns: list[str] | None = None, run_id: str | None = None
+) -> pl.DataFrame:
+    """A published table, sorted; for results that fit in memory.
+
+    Args:
+        output_uri: of `belt score`.
+        name: predictions, evidence, rejected or runs.
+        columns: some of them; None reads all.
+        run_id: the run that it is to show; None is the one that it shows now.
 
     Raises:
-        ConfigError: nothing was published there, or the table's columns are not those of its contract.
+        ConfigError: nothing was published there, the table never showed such a run, or its columns are not those of its
+            contract.
     """
     table = table_at(storage.absolute(output_uri), name)
-    rows = delta_tables.scan(table)
+    versions = {} if run_id is None else delta_tables.versions_by_run(table)
+    if run_id is not None and run_id not in versions:
+        raise ConfigError(f"{output_uri}: table {name} never showed run {run_id}")
+    rows = delta_tables.scan(table, None if run_id is None else versions[run_id])
     if rows is None:
         raise ConfigError(f"{output_uri}: nothing is published there (no table {name})")
     return delta_tables.collect((rows if columns is None else rows.select(columns)).sort(*SORTED_BY[name]), table)

@@ -7,6 +7,7 @@ Nothing here knows what a table means.
 import glob
 import hashlib
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from belt_tasks.threads import Threads
 NUM_THREADS = 8
 READ_BUFFER_BYTES = 2**20
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_TEMPORARY = re.compile(r"/\.[^/]+\.[0-9a-f]{32}\.tmp$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +351,11 @@ def hive_partitions(uri: str) -> dict[str, str | None]:
     """The columns that a file's directories stand for (`.../key=value/...`), as strings: 01 stays 01."""
     parts = [folder.partition("=") for folder in uri.split("/")[:-1] if "=" in folder]
     return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, _, value in parts}
+
+
+def is_temporary(uri: str) -> bool:
+    """Whether a file is one that this module makes and takes away again, if its process is not killed meanwhile."""
+    return _TEMPORARY.search(uri) is not None
 
 
 def remove_files(uris: Sequence[str]) -> None:

@@ -108,6 +108,27 @@ def test_files_of_a_commit_that_failed_go_when_they_are_old(corpus, tiny_checkpo
     assert not storage.exists(orphan)
 
 
+def test_what_a_killed_process_had_half_written_goes(corpus, tiny_checkpoint, tmp_path):
+    """And nobody else's files that are named much like it."""
+    output = tmp_path / "out"
+    run_id = score_corpus(str(corpus), tiny_checkpoint, str(output), spec=spec()).run["run_id"]
+    folders = ["tables/predictions", "tables/evidence", "export/predictions", f"runs/{run_id}", "inventory"]
+    half = []
+    for folder in folders:
+        with storage._temporary_beside(output / folder / "a.parquet") as temporary:
+            half.append(temporary)
+        temporary.write_bytes(b"half")
+    (output / "tables" / "predictions" / ".notes.tmp").write_bytes(b"mine")
+    others = files(str(output)).keys() - {str(path).removeprefix(str(output)) for path in half}
+
+    assert clean_up(str(output), older_than=timedelta(days=1)).num_files == 0
+    done = clean_up(str(output), older_than=NOW)
+
+    assert done.num_files == len(folders)
+    assert "temporary files of processes that were killed" in {part.what for part in done.parts}
+    assert files(str(output)).keys() == others
+
+
 def test_a_run_that_is_taken_up_again_is_under_way_however_old_it_is(corpus, tiny_checkpoint, tmp_path):
     output = str(tmp_path / "out")
     score_corpus(str(corpus), tiny_checkpoint, output, spec=spec())

@@ -73,6 +73,20 @@ def test_metrics_are_of_the_documents_with_a_prediction_and_a_label(tiny_encoder
         assert receipt.metrics["mse"] == pytest.approx(((joined["score"] - joined["y"]) ** 2).mean())
 
 
+def test_an_evaluation_is_of_its_run_whatever_is_published_since(tiny_encoder, write_corpus, tmp_path):
+    rows = [(f"d{i}", words(40, seed=i), i / 4) for i in range(12)]
+    corpus_uri = write_corpus(pl.DataFrame(rows, schema=["doc_id", "text", "label"], orient="row"))
+    before, manifest = evaluate(tiny_encoder, corpus_uri, tmp_path, "regression")
+    checkpoint_uri, chunks = str(tmp_path / "checkpoint"), ChunkSpec(chunk_size=5, stride=5)
+    score_corpus(corpus_uri, checkpoint_uri, str(tmp_path / "out"), spec=ScoreSpec(chunks=chunks))
+
+    plan = planning.plan_evaluation(corpus_uri, checkpoint_uri, CorpusSpec())
+    assert evaluation.evaluate_run(plan, CorpusSpec(), manifest) == before
+    stranger = manifest.model_copy(update={"run": manifest.run | {"run_id": "0" * 16}})
+    with pytest.raises(ConfigError, match=r"table predictions never showed run 0{16}"):
+        evaluation.evaluate_run(plan, CorpusSpec(), stranger)
+
+
 def test_nothing_to_compare_is_one_clear_error(tiny_encoder, write_corpus, tmp_path):
     corpus_uri = write_corpus({"doc_id": ["a"], "text": ["x"], "label": ["never seen"]})
 
