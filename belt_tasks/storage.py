@@ -12,7 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -110,25 +110,21 @@ def files_under(uri: str, *, suffix: str = "", hidden: bool = False) -> list[Sto
             found = {path: filesystem.info(path)}
         else:
             return None
-    files = [
-        StoredFile(
-            uri=filesystem.unstrip_protocol(name),
-            num_bytes=info["size"],
-            version=_version(info),
-            changed_at=_changed_at(info),
-        )
-        for name, info in sorted(found.items())
-        if info["type"] != "directory"
-    ]
-    return [_as_given(file, filesystem) for file in files]
+    return [_stored_file(name, info, filesystem) for name, info in sorted(found.items()) if info["type"] != "directory"]
 
 
 def stored_file(uri: str) -> StoredFile | None:
-    """An object as it is now, in the words of a listing; None where it is gone, or stores may word it otherwise."""
-    filesystem, _ = _resolve(uri)
-    if not isinstance(filesystem, (LocalFileSystem, ObjectFileSystem)):
+    """An object as it is now, in the words of a listing; None where it is gone.
+
+    None of other stores than local disks and S3 too: whether they word it as in a listing has not been seen.
+    """
+    filesystem, path = _resolve(uri)
+    protocol, _ = fsspec.core.split_protocol(uri)
+    if not isinstance(filesystem, LocalFileSystem) and object_stores.FAMILIES.get(protocol) != "s3":
         return None
-    return next(iter(files_under(uri, hidden=True) or []), None)
+    with errors_of(f"look for {uri}"), suppress(FileNotFoundError):
+        return _stored_file(path, filesystem.info(path), filesystem)
+    return None
 
 
 def exists(uri: str) -> bool:
@@ -499,7 +495,7 @@ def _resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def _version(info: dict[str, Any]) -> str:
     for key in ("e_tag", "ETag", "etag", "md5Hash", "content_md5"):
         if info.get(key):
-            return str(info[key])
+            return str(info[key]).strip('"')  # some stores quote it in one answer and not in the other
     changed = _changed(info)
     # one store may say the same time as a number or a date
     return f"{info['size']}-{changed.timestamp() if isinstance(changed, datetime) else changed}"
@@ -521,11 +517,11 @@ def _is_hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
-def _as_given(file: StoredFile, filesystem: fsspec.AbstractFileSystem) -> StoredFile:
-    """Local files are named by their plain path, which every Parquet reader takes."""
-    if not isinstance(filesystem, LocalFileSystem):
-        return file
-    return replace(file, uri=file.uri.removeprefix("file://"))
+def _stored_file(name: str, info: dict[str, Any], filesystem: fsspec.AbstractFileSystem) -> StoredFile:
+    uri = filesystem.unstrip_protocol(name)
+    if isinstance(filesystem, LocalFileSystem):  # by its plain path, which every Parquet reader takes
+        uri = uri.removeprefix("file://")
+    return StoredFile(uri=uri, num_bytes=info["size"], version=_version(info), changed_at=_changed_at(info))
 
 
 def _create_remote(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:

@@ -143,7 +143,7 @@ def no_number_of_poison(patch) -> None:
     patch.setattr(shard_scoring, "score_block", score_block)
 
 
-@settings(max_examples=35, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(first=ROWS, nights=NIGHTS)
 def test_a_table_is_that_of_a_full_scoring_whatever_happened(tmp_path_factory, tiny_checkpoint, logits, first, nights):
     root = tmp_path_factory.mktemp("law")

@@ -175,7 +175,7 @@ def test_a_version_changes_with_the_content_and_not_without(root):
 @pytest.mark.parametrize(
     ("info", "expected"),
     [
-        ({"size": 3, "ETag": '"abc"', "LastModified": "now"}, '"abc"'),
+        ({"size": 3, "ETag": '"abc"', "LastModified": "now"}, "abc"),
         ({"size": 3, "md5Hash": "xyz=="}, "xyz=="),
         ({"size": 3, "LastModified": "2026-01-01"}, "3-2026-01-01"),
         ({"size": 3, "ETag": None, "mtime": 1.5}, "3-1.5"),
