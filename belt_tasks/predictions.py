@@ -11,12 +11,10 @@ import pyarrow as pa
 import data_contracts
 from belt_tasks import evidence
 from belt_tasks.prepare import TokenBlock
+from belt_tasks.receipts import UNSCORED
 from belt_tasks.specs import Head
 from belt_tasks.tokens import Tokens
 from belt_tasks.windows import Windows
-
-UNSCORED = "output_not_finite"
-"""Why a document that was fit for use has no prediction."""
 
 
 @dataclass(frozen=True, kw_only=True)

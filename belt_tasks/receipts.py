@@ -9,6 +9,9 @@ from pydantic import Field
 
 from belt_tasks.specs import Spec
 
+UNSCORED = "output_not_finite"
+"""Why a document that was fit for use has no prediction."""
+
 
 class FileReceipt(Spec):
     """One object that was written."""

@@ -8,9 +8,8 @@ import pyarrow as pa
 
 from belt_tasks import milestones, publishing, score_planning, score_tables, shard_scoring, storage
 from belt_tasks.export import export_predictions
-from belt_tasks.predictions import UNSCORED
 from belt_tasks.publishing import Manifest, RunRef
-from belt_tasks.receipts import ShardReceipt, total
+from belt_tasks.receipts import UNSCORED, ShardReceipt, total
 from belt_tasks.score_planning import ScorePlan
 from belt_tasks.specs import CorpusSpec, ScoreSpec
 

@@ -22,8 +22,8 @@ from belt_tasks import delta_tables, lake, milestones, publishing, storage
 from belt_tasks.delta_tables import TableRef
 from belt_tasks.errors import ConfigError, ConflictError
 from belt_tasks.lake import Change
-from belt_tasks.predictions import UNSCORED
 from belt_tasks.publishing import Manifest, RunRef
+from belt_tasks.receipts import UNSCORED
 from belt_tasks.specs import Spec
 
 MOST_ATTEMPTS = 10

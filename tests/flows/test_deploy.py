@@ -31,7 +31,6 @@ DEPLOYMENTS = {
 }
 OURS = {
     "belt: a run that crashed goes on",
-    "belt: a run that crashes again and again is cancelled",
     "belt: a run whose process is gone goes on",
 }
 
@@ -90,7 +89,6 @@ def test_deployed_twice_everything_is_there_once(deployed, client):
         assert "{{" not in str(each.parameters)
     assert sorted(each.name for each in client.read_automations()) == [
         "belt: a run that crashed goes on",
-        "belt: a run that crashes again and again is cancelled",
         "belt: a run whose process is gone goes on",
         "belt: fine-tuned, so promote",
         "belt: new labels, so fine-tune",
@@ -168,7 +166,7 @@ def test_those_who_want_to_be_told_are(deployed, client):
 
     actions = {each.name: each.actions[0].type for each in client.read_automations()}
     assert sorted(actions.values()) == sorted(
-        ["change-flow-run-state"] * 2 + ["cancel-flow-run"] + ["send-notification"] * 3 + ["run-deployment"] * 3
+        ["change-flow-run-state"] * 2 + ["send-notification"] * 3 + ["run-deployment"] * 3
     )
     with pytest.raises(ConfigError, match=r"no block 'slack-webhook/nobody' on this Prefect server"):
         deploy(DeploySettings(**settings, alert_block="slack-webhook/nobody"))
@@ -232,5 +230,5 @@ def test_what_is_missing_is_named(deployed):
 
 
 def test_automations_that_tell_somebody_need_a_block():
-    assert len(automations(None)) == 3
-    assert len(automations("11111111-1111-1111-1111-111111111111")) == 6
+    assert len(automations(None)) == 2
+    assert len(automations("11111111-1111-1111-1111-111111111111")) == 5
