@@ -29,10 +29,7 @@ DEPLOYMENTS = {
     "watch/watch-labels",
     "maintain/maintenance",
 }
-OURS = {
-    "belt: a run that crashed goes on",
-    "belt: a run whose process is gone goes on",
-}
+OURS = {"belt: a run that crashed goes on", "belt: a run whose process is gone goes on"}
 
 
 @pytest.fixture(scope="module")
