@@ -25,10 +25,10 @@ demo: .venv/demo  ## install, then run the whole pipeline on real text and say w
 test: .venv/test check  ## install, then run the linters, the type checker and all tests that need no GPU
 	mkdir -p $(PREFECT_HOME)
 	@if { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
-		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"; \
+		$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0 --no-loadscope-reorder -m "not gpu"; \
 	else \
 		echo "No Chromium on this machine: the tests that look at reports in a browser (marker browser) are left out."; \
-		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not browser"; \
+		$(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0 --no-loadscope-reorder -m "not gpu and not browser"; \
 	fi
 
 contracts: .venv/test .venv-contracts/installed  ## install datacontract-cli apart, then test contracts and published tables with it

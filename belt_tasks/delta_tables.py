@@ -59,12 +59,24 @@ def scan(table: TableRef, version: int | None = None) -> pl.LazyFrame | None:
         return None
     checked(table, delta, may_have_more=True)
     with delta_errors(f"read {table.uri}"):
-        rows = pl.scan_delta(delta)
+        rows = _rows(table, delta)
         stored = rows.collect_schema()
     wanted = pl.DataFrame(data_contracts.arrow_schema(table.name).empty_table()).schema
     rows = rows.with_columns(pl.lit(None).alias(name) for name in wanted if name not in stored)
     # a cast of all columns would keep filters from the files
     return rows.cast({name: wanted[name] for name in wanted if stored.get(name) != wanted[name]}).select(wanted.names())
+
+
+def _rows(table: TableRef, delta: DeltaTable) -> pl.LazyFrame:
+    """The rows by polars, which reads local files in half the time that pyarrow takes.
+
+    Not those of object stores: for each store polars leaves a task behind that reads the environment ten times a second
+    as long as the process lives, and whoever then adds a variable may end a process whose C library is glibc before
+    2.41.
+    """
+    if storage.is_local(table.uri):
+        return pl.scan_delta(delta)
+    return pl.scan_pyarrow_dataset(delta.to_pyarrow_dataset())
 
 
 def collect(rows: pl.LazyFrame, table: TableRef) -> pl.DataFrame:

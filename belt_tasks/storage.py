@@ -427,6 +427,11 @@ def absolute(uri: str) -> str:
     return path if isinstance(filesystem, LocalFileSystem) else join(uri)
 
 
+def is_local(uri: str) -> bool:
+    """Whether a place is a path of this machine."""
+    return fsspec.core.split_protocol(uri)[0] in (None, "file")
+
+
 def delta_options(uri: str) -> dict[str, str]:
     """The configuration of a URI's store as Delta Lake takes it; the environment it reads itself.
 
@@ -434,7 +439,7 @@ def delta_options(uri: str) -> dict[str, str]:
         ConfigError: Delta Lake has no such store.
     """
     protocol, _ = fsspec.core.split_protocol(uri)
-    if protocol in (None, "file"):
+    if is_local(uri):
         return {}
     if protocol not in object_stores.FAMILIES:
         known = ", ".join(sorted(set(object_stores.FAMILIES.values())))

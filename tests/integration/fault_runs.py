@@ -17,6 +17,7 @@ from deltalake import DeltaTable
 from polars.testing import assert_frame_equal
 
 from belt_tasks import object_stores, score_tables, storage
+from tests.delta_readers import by_delta_lake
 from tests.integration import fault_child
 from tests.integration.fault_proxy import WRITES, Proxy, Request, fault_proxy
 from tests.s3_server import S3Server
@@ -176,7 +177,7 @@ class Published:
 
 
 def read_versions(output: str, name: str) -> dict[int, pl.DataFrame]:
-    """All versions of a published table, as polars reads them."""
+    """All versions of a published table, as others read them."""
     last = version_of(output, name)
     return {version: read(output, name, version) for version in range(0 if last is None else last + 1)}
 
@@ -188,10 +189,9 @@ def version_of(output: str, name: str) -> int | None:
 
 
 def read(output: str, name: str, version: int | None = None) -> pl.DataFrame:
-    """What two runs of the same have in common of a published table, as polars reads it."""
+    """What two runs of the same have in common of a published table, as others read it."""
     table = score_tables.table_at(output, name)
-    rows = pl.read_delta(table.uri, version=version, storage_options=storage.delta_options(table.uri))
-    return comparable(rows, name)
+    return comparable(by_delta_lake(table.uri, version), name)
 
 
 def comparable(rows: pl.DataFrame, name: str) -> pl.DataFrame:

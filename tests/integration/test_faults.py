@@ -29,6 +29,7 @@ from deltalake import DeltaTable
 
 from belt_tasks import checkpoint, object_stores, run_list, storage
 from belt_tasks.score_corpus import score_corpus
+from tests.delta_readers import by_delta_lake, by_polars
 from tests.integration.fault_child import score_spec
 from tests.integration.fault_proxy import Last, Request, refusal
 from tests.integration.fault_runs import (
@@ -382,14 +383,6 @@ def test_a_store_that_is_away_for_two_seconds_is_waited_for(nights):
     in_parallel(disturbed, range(ROUNDS // 2))
 
 
-def by_polars(uri: str) -> pl.DataFrame:
-    return pl.read_delta(uri, storage_options=storage.delta_options(uri))
-
-
-def by_pyarrow(uri: str) -> pl.DataFrame:
-    return pl.DataFrame(DeltaTable(uri, storage_options=storage.delta_options(uri)).to_pyarrow_table())
-
-
 def by_duckdb(uri: str) -> pl.DataFrame:
     """Without its extension for Delta, which it would download: it scans what the table's log names."""
     rows = DeltaTable(uri, storage_options=storage.delta_options(uri)).to_pyarrow_dataset()
@@ -414,7 +407,7 @@ def test_readers_never_see_a_mixture_while_runs_are_killed(nights):
         return seen
 
     with ThreadPoolExecutor(3) as threads:
-        watching = [threads.submit(watch, reader) for reader in (by_polars, by_pyarrow, by_duckdb)]
+        watching = [threads.submit(watch, reader) for reader in (by_polars, by_delta_lake, by_duckdb)]
         try:
             for _ in range(3):
                 child = night.start(output)

@@ -1,6 +1,9 @@
 """The lake: after any sequence of commits a table holds what a dictionary would, whoever reads it."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +28,9 @@ from belt_tasks.delta_tables import TableRef
 from belt_tasks.errors import ConfigError, ConflictError, TransientError
 from belt_tasks.lake import Change
 from tests.conftest import other_contract
+from tests.delta_readers import by_delta_lake, by_polars
 
+ROOT = Path(__file__).parents[3]
 SCHEMA = data_contracts.arrow_schema("rejected")
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -179,15 +184,47 @@ def test_every_reader_finds_the_same(root):
     options = storage.delta_options(table.uri)
 
     frames = [
-        pl.read_delta(table.uri, storage_options=options),
-        pl.DataFrame(deltalake.DeltaTable(table.uri, storage_options=options).to_pyarrow_dataset().to_table()),
+        by_polars(table.uri),
+        by_delta_lake(table.uri),
         pl.from_pandas(deltalake.DeltaTable(table.uri, storage_options=options).to_pandas()),
     ]
 
     for frame in frames:
         assert sorted(frame.select("source_uri", "row_index", "run_id").iter_rows()) == read(table)
         assert len(frame) == 59
-    assert len(pl.read_delta(table.uri, version=0, storage_options=options)) == 60
+    assert len(by_polars(table.uri, 0)) == 60
+
+
+READERS = {
+    "belt": "delta_tables.scan(TableRef(uri=uri, name='rejected', key='source_uri')).collect()",
+    "polars": "pl.read_delta(uri, storage_options=storage.delta_options(uri))",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_belt_leaves_nothing_behind_that_reads_the_environment_where_polars_does(s3_root, reader):
+    """What polars leaves tells of itself where it is asked to, ten times a second."""
+    table = table_at(s3_root)
+    lake.commit(table, Change(new_uris=write(s3_root, {"a": 1}, "one")), run_id="one", base_version=None)
+    code = f"""
+import sys, time
+import polars as pl
+from belt_tasks import delta_tables, storage
+from belt_tasks.delta_tables import TableRef
+uri = {table.uri!r}
+assert len({READERS[reader]}) == 1
+print("read", file=sys.stderr, flush=True)
+time.sleep(0.5)
+"""
+    environment = os.environ | {"POLARS_LOG_CONCURRENCY": "1"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    _, _, afterwards = done.stderr.partition("read\n")
+    assert (afterwards == "") == (reader == "belt"), done.stderr
 
 
 def test_statistics_are_bounds_of_what_is_there():
@@ -420,7 +457,7 @@ def test_a_table_gains_a_column_of_the_contract_by_the_commit_of_the_next_run(ro
     options = storage.delta_options(table.uri)
     dataset = deltalake.DeltaTable(table.uri, storage_options=options).to_pyarrow_dataset()
     by_reader = {
-        "polars": pl.read_delta(table.uri, storage_options=options),
+        "polars": by_polars(table.uri),
         "pyarrow": pl.DataFrame(dataset.to_table()),
         "duckdb": duckdb.sql("FROM dataset").pl(),
     }
@@ -428,7 +465,7 @@ def test_a_table_gains_a_column_of_the_contract_by_the_commit_of_the_next_run(ro
     for reader, frame in by_reader.items():
         found = {(key, index): doc_id for key, index, doc_id in frame["source_uri", "row_index", "doc_id"].iter_rows()}
         assert found == old | {("k07", 0): "known", ("k07", 1): "known"}, reader
-    assert "doc_id" not in pl.read_delta(table.uri, version=0, storage_options=options).columns
+    assert "doc_id" not in by_polars(table.uri, 0).columns
 
 
 def test_an_empty_table_gains_a_column_too(root):

@@ -9,13 +9,13 @@ from datetime import timedelta
 
 import fsspec.config
 import httpx
-import polars as pl
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
 from belt_tasks import object_stores, sorted_files, storage
 from belt_tasks.errors import BeltError, ConfigError, TransientError
+from tests.delta_readers import by_delta_lake
 from tests.s3_server import BUCKET, KEYS, PUBLIC_BUCKET
 
 SECRET = "not-to-be-seen-anywhere"  # noqa: S105
@@ -237,7 +237,7 @@ def test_a_profile_of_aws_s_configuration_is_taken_for_objects_and_tables(s3_roo
     write_deltalake(f"{s3_root}/table", pa.table({"a": [1]}), storage_options=storage.delta_options(s3_root))
 
     assert storage.read_bytes(f"{s3_root}/a") == b"here"
-    assert pl.read_delta(f"{s3_root}/table", storage_options=storage.delta_options(s3_root))["a"].to_list() == [1]
+    assert by_delta_lake(f"{s3_root}/table")["a"].to_list() == [1]
 
 
 @pytest.mark.usefixtures("aws_folder")

@@ -6,11 +6,12 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import delta_tables, score_planning, score_tables, scoring, shard_scoring, storage, summaries
+from belt_tasks import delta_tables, score_planning, score_tables, scoring, shard_scoring, summaries
 from belt_tasks.errors import ConfigError, RejectedError
 from belt_tasks.run_list import earlier_steps, list_runs, roll_back
 from belt_tasks.score_corpus import score_corpus
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
+from tests.delta_readers import by_delta_lake
 
 
 def spec(size: int) -> ScoreSpec:
@@ -29,8 +30,7 @@ def corpus(tmp_path) -> str:
 
 
 def read(output: str, name: str) -> pl.DataFrame:
-    uri = score_tables.table_at(output, name).uri
-    return pl.read_delta(uri, storage_options=storage.delta_options(uri))
+    return by_delta_lake(score_tables.table_at(output, name).uri)
 
 
 def states(output: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from belt_tasks.errors import ConfigError, ConflictError, RejectedError, Transie
 from belt_tasks.score_corpus import complete, score_corpus, score_shards
 from belt_tasks.specs import ChunkSpec, CorpusSpec, ScoreSpec
 from tests.conftest import other_contract, save_tiny_checkpoint
+from tests.delta_readers import by_delta_lake
 
 SPEC = ScoreSpec(chunks=ChunkSpec(chunk_size=30, stride=30), max_rejected_share=0.1)
 OTHER = ScoreSpec(chunks=ChunkSpec(chunk_size=20, stride=20), max_rejected_share=0.1)
@@ -41,8 +42,7 @@ def write(folder, rows: pl.DataFrame) -> None:
 
 def read(output: str, name: str, version: int | None = None) -> pl.DataFrame:
     """A published table, as anybody reads it."""
-    table = score_tables.table_at(output, name)
-    return pl.read_delta(table.uri, version=version, storage_options=storage.delta_options(table.uri))
+    return by_delta_lake(score_tables.table_at(output, name).uri, version)
 
 
 def runs_of(output: str) -> list[str]:
