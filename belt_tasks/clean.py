@@ -14,7 +14,7 @@ taken up, or finished a shard, within the limit.
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
-from belt_tasks import delta_tables, storage
+from belt_tasks import delta_tables, local_files, storage
 from belt_tasks.errors import ConfigError
 from belt_tasks.publishing import RunRef
 from belt_tasks.score_tables import SORTED_BY, table_at
@@ -102,7 +102,7 @@ def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -
         file
         for folder in ("runs", "inventory", "tables", "export")
         for file in _files(storage.join(output_uri, folder))
-        if storage.is_temporary(file.uri) and file.changed_at < limit and file.uri not in known
+        if local_files.is_temporary(file.uri) and file.changed_at < limit and file.uri not in known
     ]
     if not dry_run:
         removed = [file for files in found.values() for file in files]

@@ -7,7 +7,6 @@ Nothing here knows what a table means.
 import glob
 import hashlib
 import os
-import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from obstore.exceptions import BaseError
 
-from belt_tasks import object_stores
+from belt_tasks import local_files, object_stores
 from belt_tasks.errors import ConfigError, TransientError
 from belt_tasks.object_stores import ObjectFileSystem
 from belt_tasks.threads import Threads
@@ -32,7 +31,6 @@ from belt_tasks.threads import Threads
 NUM_THREADS = 8
 READ_BUFFER_BYTES = 2**20
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-_TEMPORARY = re.compile(r"/\.[^/]+\.[0-9a-f]{32}\.tmp$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +151,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     with errors_of(f"write {uri}"):
         filesystem, path = _resolve(uri)
         if isinstance(filesystem, LocalFileSystem):
-            with _local_replacement(Path(path)) as temporary:
+            with local_files.replacement(Path(path)) as temporary:
                 temporary.write_bytes(data)
         else:
             filesystem.pipe_file(path, data)
@@ -185,7 +183,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
         with errors_of(f"write {uri}"):
             filesystem, path = _resolve(uri)
             if isinstance(filesystem, LocalFileSystem):
-                created = _create_local(Path(path), data)
+                created = local_files.create(Path(path), data)
             else:
                 created = _create_remote(filesystem, path, data)
     except TransientError:
@@ -217,7 +215,7 @@ def parquet_writer(
             folder = "" if local else outer.enter_context(tempfile.TemporaryDirectory())
             target = Path(path) if local else Path(folder) / "table.parquet"
             inner = outer.enter_context(ExitStack())
-            temporary = inner.enter_context(_local_replacement(target))
+            temporary = inner.enter_context(local_files.replacement(target))
             writer = inner.enter_context(
                 _Writer(temporary, schema, action=action, sorting_columns=list(sorting) or None)
             )
@@ -281,12 +279,12 @@ def staged_file(folder_uri: str) -> Iterator[tuple[Path, Callable[[str], None]]]
     with ExitStack() as stack:
         with errors_of(f"write {place}"):
             folder = Path(path) if is_local else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            temporary = stack.enter_context(_temporary_beside(folder / "staged"))
+            temporary = stack.enter_context(local_files.temporary_beside(folder / "staged"))
 
         def put(name: str) -> None:
             with errors_of(f"write {join(folder_uri, name)}"):
                 if is_local:
-                    _sync(temporary)
+                    local_files.sync(temporary)
                     temporary.replace(folder / name)
                 else:
                     filesystem.put_file(str(temporary), f"{path.rstrip('/')}/{name}")
@@ -347,11 +345,6 @@ def hive_partitions(uri: str) -> dict[str, str | None]:
     """The columns that a file's directories stand for (`.../key=value/...`), as strings: 01 stays 01."""
     parts = [folder.partition("=") for folder in uri.split("/")[:-1] if "=" in folder]
     return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, _, value in parts}
-
-
-def is_temporary(uri: str) -> bool:
-    """Whether a file is one that this module makes and takes away again, if its process is not killed meanwhile."""
-    return _TEMPORARY.search(uri) is not None
 
 
 def remove_files(uris: Sequence[str]) -> None:
@@ -541,39 +534,3 @@ def _create_remote(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes
     except FileExistsError:
         return False
     return True
-
-
-def _create_local(target: Path, data: bytes) -> bool:
-    """Give a finished temporary file its name, unless there is a file of that name: the link decides."""
-    with _temporary_beside(target) as temporary:
-        temporary.write_bytes(data)
-        _sync(temporary)
-        with suppress(FileExistsError):
-            os.link(temporary, target)
-            return True
-    return False
-
-
-@contextmanager
-def _local_replacement(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its place, durably, when the block ends well."""
-    with _temporary_beside(target) as temporary:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(target)
-
-
-@contextmanager
-def _temporary_beside(target: Path) -> Iterator[Path]:
-    """The path of a file that is gone after the block, unless it has another name by then."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from polars.testing import assert_frame_equal
 
-from belt_tasks import delta_tables, score_planning, score_tables, storage
+from belt_tasks import delta_tables, local_files, score_planning, score_tables, storage
 from belt_tasks.clean import clean_up
 from belt_tasks.errors import ConfigError
 from belt_tasks.run_list import list_runs, roll_back
@@ -115,7 +115,7 @@ def test_what_a_killed_process_had_half_written_goes(corpus, tiny_checkpoint, tm
     folders = ["tables/predictions", "tables/evidence", "export/predictions", f"runs/{run_id}", "inventory"]
     half = []
     for folder in folders:
-        with storage._temporary_beside(output / folder / "a.parquet") as temporary:
+        with local_files.temporary_beside(output / folder / "a.parquet") as temporary:
             half.append(temporary)
         temporary.write_bytes(b"half")
     (output / "tables" / "predictions" / ".notes.tmp").write_bytes(b"mine")

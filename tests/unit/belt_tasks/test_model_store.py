@@ -140,8 +140,8 @@ def add_and_die(uri: str, checkpoint_uri: str, number: int, *, before: bool) -> 
 
     storage.write_bytes = dying(storage.write_bytes)
     storage.create_bytes = dying(storage.create_bytes)
-    storage.os.link = dying(storage.os.link)  # between the temporary file and its name
-    storage.Path.replace = dying(storage.Path.replace)
+    os.link = dying(os.link)  # between the temporary file and its name
+    Path.replace = dying(Path.replace)
     record = model_store.add(uri, checkpoint_uri, who="killed")
     registry.assign(uri, "champion", record.digest, expected=None, who="killed", why="x", decision="0" * 16)
 
