@@ -97,13 +97,14 @@ def clean_up(output_uri: str, *, older_than: timedelta, dry_run: bool = False) -
         expired = set(delta_tables.expired_files(table))
         left = [file for file in _files(table.uri) if file.uri in expired and file.changed_at < limit]
         found[f"table {name}, what no version refers to"] = left
-    known = {file.uri for files in found.values() for file in files}
-    found["temporary files of processes that were killed"] = [
-        file
-        for folder in ("runs", "inventory", "tables", "export")
-        for file in _files(storage.join(output_uri, folder))
-        if local_files.is_temporary(file.uri) and file.changed_at < limit and file.uri not in known
-    ]
+    if storage.is_local(output_uri):  # object stores know no half-written files
+        known = {file.uri for files in found.values() for file in files}
+        found["temporary files of processes that were killed"] = [
+            file
+            for folder in ("runs", "inventory", "tables", "export")
+            for file in _files(storage.join(output_uri, folder))
+            if local_files.is_temporary(file.uri) and file.changed_at < limit and file.uri not in known
+        ]
     if not dry_run:
         removed = [file for files in found.values() for file in files]
         first = [file.uri for file in removed if file.uri.rpartition("/")[2] in FIRST]
